@@ -1,0 +1,1 @@
+"""The places that run jobs. Each is one file (or folder) that implements :class:`~.base.Compute`."""

@@ -1,0 +1,68 @@
+"""The wire format between the submitter and the runner: a :class:`JobSpec` as versioned JSON.
+
+Both sides may be different releases of this package, so the reader refuses a version it does not know and
+ignores fields that a newer release of the same version added. Standard library only: the runner's warm path
+loads nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ..errors import JobError
+from ..job import JobSpec
+
+VERSION = 1
+
+T = TypeVar("T")
+
+
+def dump(spec: JobSpec) -> str:
+    """The spec as canonical JSON text (sorted keys, ASCII): equal specs give equal bytes."""
+    document = {"version": VERSION, "spec": dataclasses.asdict(spec)}
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def load(text: str | bytes) -> JobSpec:
+    """The spec in ``text``. Raises JobError (BOOTSTRAP) on another version or a damaged envelope."""
+    try:
+        document = json.loads(text)
+        version = document["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobError("The job's envelope cannot be read.", words=str(error)) from error
+    if version != VERSION:
+        raise JobError(
+            f"The job's envelope has version {version!r}; this runner reads version {VERSION}.",
+            hint="Submit with the release of mlflow-remote-backend that the runner image carries, or rebuild the image.",
+        )
+    try:
+        return _read(JobSpec, document["spec"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise JobError("The job's envelope is damaged.", words=str(error)) from error
+
+
+def _read(cls: type[T], raw: Mapping[str, Any]) -> T:
+    """A dataclass from its ``asdict`` form; unknown fields are ignored, missing ones take their default."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: _value(hints[key], value) for key, value in raw.items() if key in fields})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(hint):
+        return _read(typing.cast("type[Any]", hint), value)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, each) for each in value)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+        return _value(inner, value)
+    return value
