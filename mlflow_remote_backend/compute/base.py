@@ -16,6 +16,8 @@ below on a real compute; they hold for every compute, ours and others'.
     its end says nothing about the job. It raises nothing: a source out of reach is an empty iterator.
 7.  ``cancel`` is idempotent, returns within the grace period and some seconds, and leaves no process, container or pod.
 8.  ``collect`` removes what a finished job left at the compute (not caches). Idempotent.
+9.  ``recover`` is for a job whose runner died: where what it left behind lets another runner of ours finish the run
+    (a spool on this machine), it starts that one and returns True. Otherwise False: the caller finalises on proof.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..job import JobSpec, JobStatus, LogChunk, RunRef, SnapshotRef
@@ -39,10 +42,14 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Request:
-    """One compute's rendering of a job spec. ``document`` is plain data, printable as YAML, and holds no secret value."""
+    """One compute's rendering of a job spec. ``document`` is plain data, printable as YAML, and holds no secret value.
+
+    ``archive``: the packed project on this machine, where a compute that can read it need not fetch it.
+    """
 
     spec: JobSpec
     document: Mapping[str, Any] = field(default_factory=dict)
+    archive: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class JobHandle:
 
 
 class Compute(Protocol):
-    """The six verbs, ``handle_url`` and ``collect``; see the module's numbered contract."""
+    """The verbs; see the module's numbered contract."""
 
     name: str
 
@@ -83,8 +90,9 @@ class Compute(Protocol):
 
     def collect(self, handle: JobHandle) -> None: ...
 
+    def recover(self, handle: JobHandle) -> bool: ...
 
-def bind(compute: Compute, request: Request, run: RunRef, snapshot: SnapshotRef) -> Request:
+
+def bind(compute: Compute, request: Request, run: RunRef, snapshot: SnapshotRef, archive: Path | None) -> Request:
     """The request with the placeholders of run and snapshot filled in, rendered anew."""
-    spec = request.spec.bind(run, snapshot)
-    return compute.render(dataclasses.replace(spec, compute=compute.name))
+    return dataclasses.replace(compute.render(request.spec.bind(run, snapshot)), archive=archive)

@@ -1,0 +1,190 @@
+"""The first step where the job runs: fetch and verify the snapshot, make the environment, resolve the command.
+
+Leaves in the spool ``command.json``, which ``execute`` reads, and ``prepare.json``, from which ``observe`` learns how
+long it took or why it failed. The warm path (environment cached, artifact store proxied) imports the standard library
+and this package only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import JobError, ProjectError, RemoteError
+from ..job import JobSpec, Parameter
+from . import command, spool
+from .fetch import fetch
+
+OUTPUT_FOLDER = "outputs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job's parts lie, as ``prepare`` sees them. ``environ``: what the program starts from.
+
+    ``archive``: the snapshot on this file system, where it need not be fetched. ``work_seen_as``: the project folder's
+    path in the program's own container, where that differs.
+    """
+
+    spool: Path
+    work: Path
+    cache: Path
+    environ: Mapping[str, str] = field(repr=False)
+    archive: Path | None = None
+    work_seen_as: str = ""
+    tee: bool = False
+    caller_dir: str = ""  # local only: where the submitter stood, for path parameters relative to it
+    on_phase: Callable[[str], None] = lambda detail: None
+
+
+def prepare(spec: JobSpec, place: Place) -> None:
+    """Make everything ready for ``execute``. Raises nothing but KeyboardInterrupt: a failure is in ``prepare.json``."""
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] | None = None
+    try:
+        _prepare(spec, place, seconds)
+    except RemoteError as error:
+        failed = {"reason": _reason(error), "message": error.what, "words": error.words, "hint": error.hint}
+    except OSError as error:
+        failed = {"reason": "BOOTSTRAP", "message": "The job could not be prepared.", "words": str(error), "hint": ""}
+    spool.write_json(place.spool / spool.PREPARE, {"failed": failed, "seconds": seconds})
+
+
+def _reason(error: RemoteError) -> str:
+    return error.code if isinstance(error, JobError) else "BOOTSTRAP"
+
+
+def _prepare(spec: JobSpec, place: Place, seconds: dict[str, float]) -> None:
+    place.spool.mkdir(parents=True, exist_ok=True)
+    with _timed(seconds, "snapshot"):
+        folder = _project_folder(spec, place)
+    with _timed(seconds, "environment"):
+        variables = _environment(spec, place)
+    (folder / OUTPUT_FOLDER).mkdir(exist_ok=True)
+    line = _command_line(spec, place, folder)
+    spool.write_json(place.spool / spool.COMMAND, _command_file(spec, place, folder, line, variables))
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = time.monotonic() - start
+
+
+def _project_folder(spec: JobSpec, place: Place) -> Path:
+    if spec.in_place:
+        return Path(spec.in_place)
+    from .unpack import unpack
+
+    place.on_phase("unpacking the project")
+    place.work.parent.mkdir(parents=True, exist_ok=True)
+    if place.archive is not None:
+        with place.archive.open("rb") as stream:
+            unpack(stream, place.work, spec.snapshot.digest)
+        return place.work
+    with tempfile.TemporaryDirectory(dir=place.work.parent) as folder:
+        archive = Path(folder) / "snapshot"
+        fetch(spec.snapshot.uri, archive, spec.run.tracking_uri, place.environ)
+        with archive.open("rb") as stream:
+            unpack(stream, place.work, spec.snapshot.digest)
+    return place.work
+
+
+def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
+    """The variables that make the locked environment the program's: none where it uses what is there."""
+    if not spec.environment.lock_key:
+        return {}
+    from ..environment import materialise
+
+    place.on_phase("making the environment")
+    prefix = materialise.materialise(spec.environment, place.cache, place.on_phase)
+    return materialise.activation(prefix, place.environ)
+
+
+def _command_line(spec: JobSpec, place: Place, folder: Path) -> str:
+    try:
+        declared, extra = command.values_of(spec.entry_point, spec.parameters)
+        for each in spec.entry_point.parameters:
+            if each.type == "path":
+                declared[each.name] = _path_value(spec, place, folder, each, declared[each.name])
+            elif each.type == "uri" and not urllib.parse.urlsplit(declared[each.name]).scheme:
+                raise ProjectError(f"Expected URI for parameter {each.name} but got {declared[each.name]}")
+        return command.render(spec.entry_point, declared, extra)
+    except ProjectError as error:
+        raise JobError(error.what, words=error.words, hint=error.hint) from error
+
+
+def _path_value(spec: JobSpec, place: Place, folder: Path, parameter: Parameter, value: str) -> str:
+    """A file the program can open: a remote URI is fetched; a relative path is the project's, else the caller's."""
+    scheme = urllib.parse.urlsplit(value).scheme
+    if len(scheme) > 1 and scheme != "file":
+        return _download(spec, place, parameter, value)
+    path = urllib.parse.unquote(urllib.parse.urlsplit(value).path) if scheme == "file" else value
+    for base in filter(None, (str(folder), place.caller_dir)):
+        candidate = os.path.join(base, path)
+        if os.path.exists(candidate):
+            inside = os.path.abspath(candidate)
+            return _as_seen(place, folder, inside)
+    if os.path.isabs(path) and place.work_seen_as:
+        return path  # a volume of the program's own container, which is not mounted here
+    raise JobError(
+        f"Got value {value} for parameter {parameter.name}, but no such file or directory was found.",
+        hint="A path parameter names a file of the project, a file where the job runs, or a URI that can be fetched.",
+        code="USER_ERROR",
+    )
+
+
+def _as_seen(place: Place, folder: Path, path: str) -> str:
+    if not place.work_seen_as:
+        return path
+    return os.path.join(place.work_seen_as, os.path.relpath(path, folder))
+
+
+def _download(spec: JobSpec, place: Place, parameter: Parameter, uri: str) -> str:
+    place.on_phase(f"fetching parameter {parameter.name}")
+    folder = place.work.parent / "parameters"
+    target = folder / parameter.name.replace(os.sep, "_")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    from mlflow.artifacts import download_artifacts
+
+    try:
+        fetched = download_artifacts(artifact_uri=uri, dst_path=str(target))
+    except Exception as error:  # noqa: BLE001 - each artifact store raises what its own client library raises
+        words = f"{type(error).__name__}: {error}"
+        raise JobError(f"Parameter {parameter.name}: {uri} cannot be fetched.", words=words) from error
+    return _as_seen(place, place.work, os.path.abspath(fetched))
+
+
+def _command_file(
+    spec: JobSpec, place: Place, folder: Path, line: str, variables: Mapping[str, str]
+) -> dict[str, object]:
+    seen = place.work_seen_as or str(folder)
+    ours = {
+        "MLFLOW_RUN_ID": spec.run.run_id,
+        "MLFLOW_EXPERIMENT_ID": spec.run.experiment_id,
+        "MLFLOW_TRACKING_URI": spec.run.tracking_uri,
+        "MLFLOW_REMOTE_OUTPUT_DIR": os.path.join(seen, OUTPUT_FOLDER),
+        "MLFLOW_REMOTE_SUBMISSION_ID": spec.submission_id,
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {
+        "argv": ["bash", "-c", line],
+        "cwd": seen,
+        "env": {**variables, **spec.env_vars, **ours},
+        "env_remove": [],
+        "grace_period_s": spec.limits.grace_period_s,
+        "timeout_s": spec.limits.timeout_s,
+        "log_limit_bytes": spec.log_limit_bytes,
+        "tee": place.tee,
+    }
