@@ -123,11 +123,17 @@ class Retry:
 
 @dataclass(frozen=True)
 class SnapshotRef:
-    """A packed project. ``digest``: ``sha256:…`` of the archive; ``uri``: where a job fetches it, empty until stored."""
+    """A packed project. ``digest``: ``sha256:…`` of its content, however the archive of ``size_bytes`` is compressed.
+
+    ``uri``: where a job fetches it, empty until stored. ``unpacked_bytes``, ``entries``: its totals, by which unpacking
+    is bounded; 0 where they are not known.
+    """
 
     digest: str
     size_bytes: int
     uri: str = ""
+    unpacked_bytes: int = 0
+    entries: int = 0
 
 
 @dataclass(frozen=True)
