@@ -72,6 +72,16 @@ class Compute(Protocol):
 
     name: str
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Compute:
+        """The compute with its own section of backend_config. Connects to nothing."""
+        ...
+
+    @classmethod
+    def from_handle(cls, handle: JobHandle) -> Compute:
+        """The compute that finds this job again, from the handle alone. Connects to nothing."""
+        ...
+
     def render(self, spec: JobSpec) -> Request: ...
 
     def check(self, request: Request, secrets: Secrets) -> Sequence[str]: ...

@@ -1,0 +1,336 @@
+"""Follow a job from outside: its status and its log, until its run has its final status.
+
+Two witnesses, neither trusted alone: the compute (``status``, fast) and the run (the tag ``.finalized``, the truth).
+Losing contact with either never ends the run. Only where the compute proves that no runner of ours is left does the
+follower see to the end itself: it lets the compute recover the job, or writes the final status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TextIO
+
+from .compute.base import Compute, JobHandle
+from .display import Terminal, harmless
+from .errors import Detached, RemoteError
+from .job import Diagnosis, JobStatus, Phase, Reason
+from .tracking import PREFIX, RunView, Tracking
+
+POLL_S = 0.1  # of the compute's status; it answers from memory or from files
+LOG_PAUSE_S = 0.05
+TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
+TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
+TAIL_BYTES = 64 * 1024
+
+DETACH_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+@dataclass
+class Cursor:
+    """How much of the log was shown: so many bytes of this attempt."""
+
+    attempt: int = 0
+    offset: int = 0
+
+
+class LogPump(threading.Thread):
+    """Copies a job's log to ``sink`` as it comes: from the compute while that has it, else from the stored parts."""
+
+    def __init__(self, compute: Compute, handle: JobHandle, tracking: Tracking, run_id: str, sink: Callable[[bytes], None]):
+        super().__init__(name=f"log of {run_id}", daemon=True)
+        self.cursor = Cursor()
+        self._compute = compute
+        self._handle = handle
+        self._stored = StoredLog(tracking, run_id)
+        self._sink = sink
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        while not self._ending.is_set():
+            with contextlib.suppress(RemoteError):
+                self._drain()
+            self._ending.wait(LOG_PAUSE_S)
+
+    def finish(self) -> None:
+        """Show what is left, now that the log is complete: what the compute still has, then the stored parts."""
+        self._ending.set()
+        self.join(timeout=10)
+        with contextlib.suppress(RemoteError):
+            self._drain()
+        for attempt, offset, data in self._stored.read_from(self.cursor):
+            self._take(attempt, offset, data)
+
+    def _drain(self) -> None:
+        for chunk in self._compute.logs(self._handle, offset=self.cursor.offset, attempt=self.cursor.attempt):
+            self._take(chunk.attempt, chunk.offset, chunk.data)
+
+    def _take(self, attempt: int, offset: int, data: bytes) -> None:
+        """Each byte once, in order: a repeat is cut off, a gap is filled from the stored parts where they reach."""
+        if attempt > self.cursor.attempt:
+            self._sink(f"\n--- attempt {attempt + 1} ---\n".encode())
+            self.cursor = Cursor(attempt, 0)
+        if attempt < self.cursor.attempt:
+            return
+        if offset > self.cursor.offset:
+            self._fill_gap(offset)
+        fresh = data[max(self.cursor.offset - offset, 0) :]
+        if fresh:
+            self._sink(fresh)
+            self.cursor.offset = offset + len(data)
+
+    def _fill_gap(self, until: int) -> None:
+        with contextlib.suppress(RemoteError):
+            for attempt, offset, data in self._stored.read_from(self.cursor):
+                if attempt == self.cursor.attempt and offset < until:
+                    self._sink(data[: until - offset])
+                    self.cursor.offset = min(offset + len(data), until)
+        if self.cursor.offset < until:
+            missing = until - self.cursor.offset
+            self._sink(f"\n[{missing} bytes of the log are not here yet; the stored log will have them]\n".encode())
+            self.cursor.offset = until
+
+
+class StoredLog:
+    """The log as the run's artifacts hold it: works from any machine, without access to the compute."""
+
+    def __init__(self, tracking: Tracking, run_id: str) -> None:
+        self._tracking = tracking
+        self._run_id = run_id
+
+    def read_from(self, cursor: Cursor) -> Iterator[tuple[int, int, bytes]]:
+        """Attempt, offset and bytes of what is stored from the cursor on. Blocks while parts are fetched."""
+        at = Cursor(cursor.attempt, cursor.offset)
+        for part in self._tracking.log_index(self._run_id):
+            attempt, start, length = int(part.get("attempt", 0)), int(part["offset"]), int(part["length"])
+            if attempt > at.attempt:
+                at = Cursor(attempt, 0)
+            if attempt < at.attempt or start + length <= at.offset:
+                continue
+            data = self._tracking.read_artifact(self._run_id, str(part["path"])) or b""
+            fresh = data[at.offset - start :] if at.offset > start else data
+            yield attempt, max(at.offset, start), fresh
+            at.offset = start + len(data)
+
+
+class Interrupts:
+    """Ctrl-C and the signals that detach, counted instead of raised, so that no call is torn apart in the middle."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.detach = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            for name in DETACH_SIGNALS:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._detach)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    def _detach(self, number: int, frame: FrameType | None) -> None:
+        self.detach = True
+
+
+class Follower:
+    """Follows one job. ``out`` gets the program's output (None: nobody wants it), ``say`` one line at a time."""
+
+    def __init__(
+        self,
+        tracking: Tracking,
+        compute: Compute | None,
+        handle: JobHandle,
+        run_id: str,
+        *,
+        out: TextIO | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        on_interrupt: str = "cancel",
+        grace_period_s: float = 30.0,
+    ) -> None:
+        self.run_id = run_id
+        self.tail = b""
+        self.cancelled_here = False
+        self._tracking = tracking
+        self._compute = compute
+        self._handle = handle
+        self._say = say
+        self._on_interrupt = on_interrupt
+        self._grace_period_s = grace_period_s
+        self._terminal = Terminal(out) if out is not None else None
+        self._told = ""
+        self._silent_since: float | None = None
+        self._silence_told = False
+        self._next_look = 0.0
+
+    def follow(self) -> RunView:
+        """Block until the run has its final status, and return the run. Raises Detached if asked to leave before."""
+        pump = self._pump()
+        with Interrupts() as interrupts:
+            try:
+                view = self._until_ended(interrupts)
+            except BaseException:
+                self._leave(pump)
+                raise
+            if pump is not None:
+                with contextlib.suppress(RemoteError):
+                    pump.finish()
+                self._end_display()
+            return view
+
+    def _pump(self) -> LogPump | None:
+        if self._compute is None:
+            return None
+        pump = LogPump(self._compute, self._handle, self._tracking, self.run_id, self._show)
+        pump.start()
+        return pump
+
+    def _leave(self, pump: LogPump | None) -> None:
+        if pump is not None:
+            pump._ending.set()
+        self._end_display()
+
+    def _show(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-TAIL_BYTES:]
+        if self._terminal is not None:
+            self._terminal.write(data)
+
+    def _end_display(self) -> None:
+        if self._terminal is not None:
+            self._terminal.end()
+
+    def _until_ended(self, interrupts: Interrupts) -> RunView:
+        while True:
+            self._answer(interrupts)
+            status = self._status()
+            view = self._look(status)
+            if view is not None and view.ended:
+                return view
+            if status is not None and status.gone and view is not None:
+                self._see_to_the_end(status)
+                continue
+            time.sleep(POLL_S)
+
+    def _answer(self, interrupts: Interrupts) -> None:
+        if interrupts.detach or interrupts.count > 1 or (interrupts.count and self._on_interrupt == "detach"):
+            raise self.detached()
+        if interrupts.count and not self.cancelled_here:
+            self.cancelled_here = True
+            self._say("cancelling … (Ctrl-C again to detach and leave it running)")
+            threading.Thread(target=self._cancel, name="cancel", daemon=True).start()
+
+    def _cancel(self) -> None:
+        try:
+            request_cancel(self._tracking, self._compute, self._handle, self.run_id, self._grace_period_s)
+        except RemoteError as error:
+            self._say(f"cancelling did not succeed: {error}")
+
+    def detached(self) -> Detached:
+        return Detached(
+            f"Detached from run {self.run_id}, which goes on.", hint=f"To come back: mlflow-remote attach {self.run_id}"
+        )
+
+    def _status(self) -> JobStatus | None:
+        """The compute's word, or None while it cannot be reached."""
+        if self._compute is None:
+            return None
+        try:
+            status = self._compute.status(self._handle)
+        except RemoteError as error:
+            self._silence(error)
+            return None
+        self._silent_since, self._silence_told = None, False
+        self._tell(status)
+        return status
+
+    def _silence(self, error: RemoteError) -> None:
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        if not self._silence_told and now - self._silent_since > TELL_SILENCE_AFTER_S:
+            self._silence_told = True
+            self._say(f"no contact, the run goes on; still trying: {error.what} {error.words}")
+
+    def _tell(self, status: JobStatus) -> None:
+        """One line whenever something changes that a person who waits wants to know."""
+        if status.phase in (Phase.RUNNING, Phase.DONE) and status.diagnosis is None:
+            return
+        line = status.detail
+        if status.diagnosis is not None and not status.gone:
+            line = " ".join(filter(None, (status.diagnosis.message, status.diagnosis.words)))
+        line = f"{status.phase.value}: {line}" if line else status.phase.value
+        if line != self._told:
+            self._told = line
+            self._say(harmless(line))
+
+    def _look(self, status: JobStatus | None) -> RunView | None:
+        """The run, when there is reason to look at it."""
+        ending = status is not None and (status.gone or status.phase is Phase.DONE)
+        now = time.monotonic()
+        if not ending and now < self._next_look:
+            return None
+        self._next_look = now + TRACKING_POLL_S
+        try:
+            return self._tracking.view(self.run_id)
+        except RemoteError as error:
+            self._silence(error)
+            return None
+
+    def _see_to_the_end(self, status: JobStatus) -> None:
+        settle(self._tracking, self._compute, self._handle, self.run_id, status)
+        time.sleep(POLL_S)
+
+
+def settle(
+    tracking: Tracking, compute: Compute | None, handle: JobHandle, run_id: str, status: JobStatus
+) -> None:
+    """End a run whose job is proven gone without a final status: by a new runner, else by writing the status."""
+    assert status.gone, "only on proof"
+    if compute is not None and compute.recover(handle):
+        return
+    found = status.diagnosis or Diagnosis(Reason.KILLED_BY_SYSTEM, "The job ended without a final status.")
+    if tracking.view(run_id).tag("cancel_requested"):
+        found = Diagnosis(Reason.CANCELLED, "Cancelled.", words=found.message)
+    tracking.finalise(run_id, found, "follower", exit_code=status.exit_code)
+    if compute is not None:
+        compute.collect(handle)
+
+
+def request_cancel(
+    tracking: Tracking, compute: Compute | None, handle: JobHandle, run_id: str, grace_period_s: float
+) -> None:
+    """Ask for the run to be cancelled: by tag, which reaches its runner from anywhere, and at once where possible.
+
+    Idempotent. Blocks until the job has stopped, at most the grace period and some seconds. Raises TrackingError
+    only if neither way worked.
+    """
+    failed: RemoteError | None = None
+    try:
+        tracking.set_tags(run_id, {PREFIX + "cancel_requested": str(int(time.time()))})
+    except RemoteError as error:
+        failed = error
+    if compute is not None:
+        try:
+            compute.cancel(handle, grace_period_s=grace_period_s)
+            return
+        except RemoteError as error:
+            failed = failed and error
+    if failed is not None:
+        raise failed
+
+
+def stderr_line(line: str) -> None:
+    print(f"mlflow-remote: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""The folder on the submitter's machine that holds a job of the ``local`` or ``docker`` compute while it runs.
+
+    <state>/runs/RUN_ID/
+        envelope.json     what runs: the job spec
+        lock              held (flock) by the supervisor as long as it lives: the proof that it does
+        supervisor.json   its pid; where it is on its way: phase, detail
+        supervisor.log    what it had to say, for the developer of this package
+        cancel            somebody asked to cancel; holds the grace period in seconds
+        archive           the snapshot, until it is unpacked
+        spool/            the wire between execute and observe (spool.py)
+        work/             the unpacked project, where the program runs
+
+It is removed once the run is finalised and everything is uploaded. ``<state>`` is ``$XDG_STATE_HOME/mlflow-remote``,
+by default ``~/.local/state/mlflow-remote``. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets as random_tokens
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ComputeError
+from ..job import JobSpec
+from . import envelope, spool
+
+
+def state_root(environ: Mapping[str, str] = os.environ) -> Path:
+    base = environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(base) / "mlflow-remote"
+
+
+def machine_id(root: Path | None = None) -> str:
+    """The name of this machine and state folder in handles: stable, and different where the folder is another one."""
+    folder = root or state_root()
+    path = folder / "machine-id"
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text().strip()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    name = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname().lower()) or "machine"
+    fresh = folder / f"machine-id.{os.getpid()}.{random_tokens.token_hex(4)}"
+    fresh.write_text(f"{name}-{random_tokens.token_hex(4)}\n")
+    with contextlib.suppress(FileExistsError):
+        os.link(fresh, path)  # the first one wins when two processes start at once
+    fresh.unlink()
+    return path.read_text().strip()
+
+
+class RunFolder:
+    """Paths and small files of one job. Making one touches nothing."""
+
+    def __init__(self, run_id: str, root: Path | None = None) -> None:
+        if not run_id or any(c in run_id for c in "/\0") or run_id.startswith("."):
+            raise ComputeError(f"{run_id!r} is not a run id.")
+        self.run_id = run_id
+        self.root = root or state_root()
+        self.path = self.root / "runs" / run_id
+        self.envelope = self.path / "envelope.json"
+        self.lock = self.path / "lock"
+        self.log = self.path / "supervisor.log"
+        self.cancel = self.path / "cancel"
+        self.archive = self.path / "archive"
+        self.spool = self.path / "spool"
+        self.work = self.path / "work"
+        self._progress = self.path / "supervisor.json"
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def create(self, spec: JobSpec) -> None:
+        """Make the folder with its envelope: from here on the job exists. Raises ComputeError (disk, rights)."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.spool.mkdir(exist_ok=True)
+            spool.write_text(self.envelope, envelope.dump(spec))
+        except OSError as error:
+            raise ComputeError(f"The job's folder {self.path} cannot be made.", words=str(error)) from error
+
+    def spec(self) -> JobSpec:
+        return envelope.load(self.envelope.read_bytes())
+
+    def say(self, phase: str, detail: str = "") -> None:
+        """Tell whoever looks where the supervisor is on its way."""
+        spool.write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
+
+    def said(self) -> dict[str, Any]:
+        return spool.read_json(self._progress) or {}
+
+    def try_lock(self) -> int | None:
+        """A descriptor that holds the lock, or None: a supervisor lives, or the folder is gone."""
+        return self._flock(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+
+    def supervised(self) -> bool:
+        """Whether a supervisor of ours lives: the kernel's word, immune to reused process ids."""
+        descriptor = self._flock(os.O_RDONLY, fcntl.LOCK_SH)  # shared, so that two who look do not fool each other
+        if descriptor is None:
+            return self.lock.exists()
+        os.close(descriptor)
+        return False
+
+    def _flock(self, flags: int, kind: int) -> int | None:
+        try:
+            descriptor = os.open(self.lock, flags | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def all_folders(root: Path | None = None) -> Iterator[RunFolder]:
+    runs = (root or state_root()) / "runs"
+    if runs.is_dir():
+        for each in sorted(runs.iterdir()):
+            yield RunFolder(each.name, root)

@@ -1,0 +1,282 @@
+"""The supervisor: one detached process that takes a job on this machine from its envelope to its final status.
+
+It prepares, starts the program (through a :class:`Program`: a child process, or a container), observes and finalises.
+It has a session of its own, so that neither a closed terminal nor a killed submitter reaches it, and holds the run
+folder's lock as long as it lives. If it dies, the next process that looks starts another one on the same folder: the
+spool has everything that the program wrote.
+
+Started in one of two ways. *Forked* from a submitter that has MLflow loaded already: nearly free. *Anew*, where
+forking is not safe: the program starts as early, but the end waits for MLflow to load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ComputeError
+from ..job import JobSpec
+from . import spool
+from .prepare import Place, prepare
+from .run_folder import RunFolder
+
+#: Threads that MLflow itself starts and that a forked child can do without.
+_HARMLESS_THREADS = ("MLflowTelemetry", "GetTelemetryConfig")
+START_VARIABLE = "MLFLOW_REMOTE_SUPERVISOR"  # "fork" or "spawn": overrules the choice
+
+
+class Running(Protocol):
+    """A program that was started."""
+
+    def alive(self) -> bool:
+        """Whether ``execute`` still lives (or may: a container engine that does not answer is no proof of death)."""
+        ...
+
+    def stop(self, grace_period_s: float) -> None:
+        """Ask ``execute`` to end the program: SIGTERM, the grace period, SIGKILL. Returns at once."""
+        ...
+
+    def collect(self) -> None:
+        """Bring what the program left (outputs) into the run folder and remove its container. Idempotent."""
+        ...
+
+
+class Program(Protocol):
+    """How a compute starts ``execute`` for a prepared job."""
+
+    def place(self, spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Place: ...
+
+    def start(self, spec: JobSpec, folder: RunFolder, start: Start) -> Running: ...
+
+    def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
+        """The program that an earlier supervisor of this folder started, or None if it never did."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a supervisor is given beside its folder, over a pipe or a fork, never on disk."""
+
+    environ: Mapping[str, str] = field(repr=False)
+    program_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    caller_dir: str = ""
+
+
+# -- starting it -------------------------------------------------------------------------------------------------------
+
+
+def start_detached(folder: RunFolder, lock: int, program: str, start: Start) -> None:
+    """Start a supervisor for ``folder`` and hand it the ``lock``. ``program``: ``module:Class`` of the Program.
+
+    Returns once it exists. Raises ComputeError if no process can be started.
+    """
+    try:
+        if _fork_is_safe():
+            _fork(folder, lock, program, start)
+        else:
+            _spawn(folder, lock, program, start)
+    except OSError as error:
+        raise ComputeError("No supervisor process can be started on this machine.", words=str(error)) from error
+    finally:
+        os.close(lock)
+
+
+def _fork_is_safe() -> bool:
+    """Only where no other thread could hold a lock that the child would wait for, and MLflow is loaded already."""
+    wish = os.environ.get(START_VARIABLE, "")
+    if wish in ("fork", "spawn"):
+        return wish == "fork"
+    if not sys.platform.startswith("linux") or "mlflow.tracking" not in sys.modules or "IPython" in sys.modules:
+        return False
+    others = [each for each in threading.enumerate() if each is not threading.main_thread()]
+    return threading.current_thread() is threading.main_thread() and all(
+        each.name.startswith(_HARMLESS_THREADS) for each in others
+    )
+
+
+def _fork(folder: RunFolder, lock: int, program: str, start: Start) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    middle = os.fork()
+    if middle:
+        os.waitpid(middle, 0)
+        return
+    status = 1
+    try:  # nothing of the submitter's stack may run in the child: every path ends in os._exit
+        os.setsid()
+        if os.fork() == 0:
+            _leave_the_submitter(folder, lock)
+            status = _supervise_safely(folder, program, start)
+        else:
+            status = 0
+    finally:
+        os._exit(status)
+
+
+def _leave_the_submitter(folder: RunFolder, lock: int) -> None:
+    """Let go of all files of the submitter, so that nobody who waits for its pipes to close waits for us.
+
+    Descriptors are pointed at /dev/null rather than closed: objects that still know their numbers may close them later,
+    which must not hit a file of ours.
+    """
+    log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor not in (0, 1, 2, lock, log, null):
+            with contextlib.suppress(OSError):
+                os.dup2(null, descriptor, inheritable=False)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir("/")
+    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(each, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+
+
+def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environ = {**start.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, start.environ.get("PYTHONPATH")]))}
+    with folder.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(folder.root), folder.run_id, program],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=environ,
+            start_new_session=True,
+            pass_fds=[lock],
+        )
+    payload = {"environ": dict(start.environ), "secrets": dict(start.program_secrets), "caller_dir": start.caller_dir}
+    assert process.stdin is not None
+    with process.stdin as pipe, contextlib.suppress(BrokenPipeError):
+        pipe.write(json.dumps(payload).encode())
+    process.returncode = 0  # not our child to wait for: it outlives us, and must not warn when this object goes
+
+
+def main(argv: list[str]) -> int:
+    """The supervisor's own command line: state root, run id, program. Reads the start values from its input."""
+    root, run_id, program = argv
+    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(each, signal.SIG_IGN)
+    raw = json.loads(sys.stdin.buffer.read())
+    start = Start(raw["environ"], raw["secrets"], raw["caller_dir"])
+    return _supervise_safely(RunFolder(run_id, Path(root)), program, start)
+
+
+def _supervise_safely(folder: RunFolder, program: str, start: Start) -> int:
+    try:
+        supervise(folder, _load(program), start)
+        return 0
+    except BaseException:  # noqa: BLE001 - the last frame of a detached process: its log is the only place left to say it
+        traceback.print_exc()
+        return 1
+
+
+def _load(name: str) -> Program:
+    module, _, attribute = name.partition(":")
+    loaded: Program = getattr(importlib.import_module(module), attribute)()
+    return loaded
+
+
+# -- being it ----------------------------------------------------------------------------------------------------------
+
+
+def supervise(folder: RunFolder, program: Program, start: Start) -> None:
+    """Take the job in ``folder`` to its end. Blocks until its run is finalised or ``finalize_timeout`` is over."""
+    spec = folder.spec()
+    folder.say("starting")
+    job = _Job(spec, folder, program, start)
+    job.begin()
+    from .observe import observe
+    from .record import RunRecord
+
+    with RunRecord(spec.run) as record:
+        outcome = observe(spec, folder.spool, record, work_dir=job.work_dir, alive=job.alive, on_phase=folder.say)
+    job.end()
+    if outcome.finalized:
+        folder.remove()
+    else:
+        folder.say("finalizing", "waiting for the tracking server")
+
+
+class _Job:
+    """The job as its supervisor drives it: prepare in a thread, then the program; ``alive`` is observe's heartbeat."""
+
+    def __init__(self, spec: JobSpec, folder: RunFolder, program: Program, start: Start) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.work_dir = Path(spec.in_place) if spec.in_place else folder.work
+        self._program = program
+        self._start = start
+        self._running: Running | None = None
+        self._cancelled = False
+        self._preparing: threading.Thread | None = None
+
+    def begin(self) -> None:
+        self._running = self._program.find(self.spec, self.folder)
+        if self._running is None and spool.read_json(self.folder.spool / spool.PREPARE) is None:
+            self._preparing = threading.Thread(target=self._prepare_and_start, name="prepare", daemon=True)
+            self._preparing.start()
+
+    def _prepare_and_start(self) -> None:
+        self.folder.say("preparing")
+        place = self._program.place(self.spec, self.folder, self._start.environ)
+        prepare(self.spec, place)
+        done: dict[str, Any] = spool.read_json(self.folder.spool / spool.PREPARE) or {}
+        if done.get("failed") or self._cancelled:
+            return
+        try:
+            self._running = self._program.start(self.spec, self.folder, self._start)
+        except Exception as error:  # noqa: BLE001 - whatever kept the program from starting ends the run, by name
+            code = getattr(error, "code", "BOOTSTRAP")
+            failed = {
+                "reason": code,
+                "message": getattr(error, "what", "") or f"The program could not be started: {error}",
+                "words": getattr(error, "words", ""),
+                "hint": getattr(error, "hint", ""),
+            }
+            spool.write_json(self.folder.spool / spool.PREPARE, {**done, "failed": failed})
+
+    def alive(self) -> bool:
+        """Called several times a second: passes on a cancel, and tells whether the program may still write."""
+        if not self._cancelled and self.folder.cancel.exists():
+            self._cancel()
+        if self._preparing is not None and self._preparing.is_alive():
+            return not self._cancelled
+        return self._running is not None and self._running.alive()
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        (self.folder.spool / spool.CANCEL).touch()
+        if self._running is not None:
+            grace = self.folder.cancel.read_text().strip()
+            self._running.stop(float(grace) if grace else self.spec.limits.grace_period_s)
+
+    def end(self) -> None:
+        """Nothing may be left: neither the program's container nor what prepare had started."""
+        if self._running is not None:
+            self._running.collect()
+        with contextlib.suppress(OSError):
+            os.killpg(0, signal.SIGTERM)  # our own session; we ourselves ignore it
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

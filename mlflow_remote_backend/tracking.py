@@ -1,0 +1,385 @@
+"""MLflow's tracking server, as the submitter and later processes use it: the only MlflowClient outside the runner.
+
+Every failure becomes a TrackingError in the server's own words. Nothing here waits for MLflow's default of four
+minutes: calls are bounded by CALL_TIMEOUT_S and CALL_RETRIES, which only apply while one of our calls runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import RequestError, TrackingError
+from .job import Diagnosis, Phase, RunRef, final_status
+from .project import redact_url
+
+PREFIX = "mlflow_remote."
+TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
+CALL_TIMEOUT_S = 10
+CALL_RETRIES = 2
+PREFLIGHT_S = 12.0  # a server that is down is told within 15 s
+MAX_TAG_CHARS = 5000  # the smallest limit of the servers in use (MLflow 2.x)
+MAX_PARAM_CHARS = 6000  # MLflow: utils/validation.py; 500 before 2.0
+PARAMS_PER_CALL = 100
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What MLflow knows of a run. Times are milliseconds since the epoch, as MLflow has them."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    artifact_uri: str
+    start_time_ms: int | None
+    end_time_ms: int | None
+    tags: Mapping[str, str] = field(repr=False)
+    params: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(repr=False)
+
+    def tag(self, name: str) -> str:
+        """The value of ``mlflow_remote.<name>``, empty where it is not set."""
+        return self.tags.get(PREFIX + name, "")
+
+    @property
+    def ended(self) -> bool:
+        """The run has its one final status. A terminal status without the tag is only what the user's code wrote."""
+        return self.status in TERMINAL and bool(self.tag("finalized"))
+
+
+def absolute_uri(uri: str) -> str:
+    """The tracking URI with a relative sqlite file or folder made absolute; others unchanged."""
+    for scheme in ("sqlite:///",):
+        if uri.startswith(scheme) and not uri.startswith(scheme + "/"):
+            return scheme + os.path.abspath(uri[len(scheme) :])
+    if "://" in uri or uri.startswith(("file:", "databricks", "uc:")):
+        return uri
+    return Path(os.path.abspath(uri)).as_uri()
+
+
+def local_stores(tracking_uri: str, artifact_uri: str = "") -> list[Path]:
+    """Files and folders of this machine where tracking data lies: never part of a snapshot."""
+    found = []
+    for uri in (tracking_uri, artifact_uri):
+        scheme, _, path = uri.partition("://")
+        if scheme in ("sqlite", "file") and path:
+            found.append(Path(path[1:] if scheme == "sqlite" else path).absolute())
+        elif uri.startswith("/"):
+            found.append(Path(uri))
+    return found
+
+
+class Tracking:
+    """One tracking server. Cheap to make; connects when first used. Safe to use from several threads."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = absolute_uri(uri)
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self.uri)
+        return self._client
+
+    def call(self, doing: str, action: Callable[[], T]) -> T:
+        """Run ``action`` with our time limits. Raises TrackingError: ``doing`` says what was tried."""
+        with _bounded_calls():
+            try:
+                return action()
+            except Exception as error:  # noqa: BLE001 - every store raises its own; all of them end here, by name
+                raise self._error(doing, error) from error
+
+    def _error(self, doing: str, error: Exception) -> Exception:
+        if isinstance(error, TrackingError):
+            return error
+        words = redact_url(str(getattr(error, "message", "") or error))
+        code = str(getattr(error, "error_code", ""))
+        status = getattr(error, "get_http_status_code", lambda: 0)()
+        where = f"MLflow at {redact_url(self.uri)}"
+        if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return RequestError(f"{where} refused {doing}.", words=words)
+        if "401" in words or "403" in words or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            hint = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+            return TrackingError(f"{where} refused {doing}.", words=words, hint=hint, code="TRACKING_AUTH")
+        hint = "Check the tracking URI (MLFLOW_TRACKING_URI) and that the server runs."
+        transient = status >= 500 or not code or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+        return TrackingError(f"{where} did not answer: {doing}.", words=words, hint=hint, transient=transient)
+
+    def preflight(self, experiment_id: str) -> None:
+        """Raise within PREFLIGHT_S seconds if the server is away or the experiment does not exist."""
+        if self.uri.startswith(("http://", "https://")):
+            self._reachable()
+        self.call("reading the experiment", lambda: self.client.get_experiment(experiment_id))
+
+    def _reachable(self) -> None:
+        import requests
+
+        verify: bool | str = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+        if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+            verify = False
+        deadline = time.monotonic() + PREFLIGHT_S
+        while True:
+            try:
+                requests.get(self.uri.rstrip("/") + "/health", timeout=(3, 5), verify=verify)
+                return
+            except requests.RequestException as error:
+                if time.monotonic() + 5 > deadline:
+                    raise self._error("the first request", error) from error
+
+    # -- opening a run ------------------------------------------------------------------------------------------------
+
+    def open_run(
+        self, experiment_id: str, *, tags: Mapping[str, str], params: Mapping[str, str], name: str = ""
+    ) -> RunRef:
+        """Create a run with all its tags and parameters at once. A lost answer never makes a second run."""
+        submission_id = tags[PREFIX + "submission_id"]
+        cut = {key: value[:MAX_TAG_CHARS] for key, value in tags.items()}
+
+        def create() -> Any:
+            return self.client.create_run(experiment_id, tags=cut, run_name=name or None)
+
+        try:
+            run = self.call("creating the run", create)
+        except TrackingError as error:
+            found = self.find_submission(experiment_id, submission_id) if error.transient else None
+            if found is None:
+                raise
+            run = self.call("reading the run", lambda: self.client.get_run(found.run_id))
+        self.log_params(run.info.run_id, params)
+        return self._ref(run)
+
+    def reuse_run(self, run_id: str, *, tags: Mapping[str, str], params: Mapping[str, str], name: str = "") -> RunRef:
+        """Take over a run that exists already. Raises RequestError if it belongs to a job or has ended."""
+        view = self.view(run_id)
+        if view.tag("handle") or view.status in TERMINAL:
+            state = f"belongs to the job {view.tag('handle')}" if view.tag("handle") else f"has ended as {view.status}"
+            raise RequestError(
+                f"Run {run_id} cannot be used for this submission: it {state}.",
+                hint="Leave run_id out to get a new run, or give the id of a run that is still open.",
+            )
+        self.set_tags(run_id, {**tags, **({"mlflow.runName": name} if name else {})})
+        self.log_params(run_id, params)
+        return self._ref(self.call("reading the run", lambda: self.client.get_run(run_id)))
+
+    def _ref(self, run: Any) -> RunRef:
+        return RunRef(run.info.run_id, run.info.experiment_id, run.info.artifact_uri, self.uri)
+
+    def find_submission(self, experiment_id: str, submission_id: str) -> RunView | None:
+        """The run of this submission, if one was created already."""
+        query = f"tags.`{PREFIX}submission_id` = '{submission_id}'"
+        found = self.call("looking for the run", lambda: self.client.search_runs([experiment_id], query, max_results=1))
+        return _view(found[0]) if found else None
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        all_params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
+        for start in range(0, len(all_params), PARAMS_PER_CALL):
+            batch = all_params[start : start + PARAMS_PER_CALL]
+            self.call("logging the parameters", lambda b=batch: self.client.log_batch(run_id, params=b))  # type: ignore[misc]
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        batch = [RunTag(key, value[:MAX_TAG_CHARS]) for key, value in tags.items()]
+        self.call("setting tags", lambda: self.client.log_batch(run_id, tags=batch))
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(key, value, now_ms, 0) for key, value in metrics.items()]
+        self.call("logging metrics", lambda: self.client.log_batch(run_id, metrics=batch))
+
+    # -- artifacts ----------------------------------------------------------------------------------------------------
+
+    def store_file(self, run_id: str, path: Path, folder: str) -> None:
+        self.call(f"storing {folder}/{path.name}", lambda: self.client.log_artifact(run_id, str(path), folder))
+
+    def store_text(self, run_id: str, text: str, name: str) -> None:
+        self.call(f"storing {name}", lambda: self.client.log_text(run_id, text, name))
+
+    def stored_snapshot(self, experiment_id: str, digest: str) -> tuple[str, str] | None:
+        """Run id and artifact URI of a snapshot with this digest that the experiment holds already, or None."""
+        query = f"tags.`{PREFIX}snapshot` = '{digest}' and tags.`{PREFIX}snapshot_stored` = 'true'"
+        found = self.call("looking for snapshots", lambda: self.client.search_runs([experiment_id], query, max_results=3))
+        for run in found:
+            for each in self.list_artifacts(run.info.run_id, "snapshot"):
+                if Path(each).name == snapshot_name(digest):
+                    return run.info.run_id, f"{run.info.artifact_uri}/{each}"
+        return None
+
+    def list_artifacts(self, run_id: str, folder: str) -> list[str]:
+        found = self.call("listing artifacts", lambda: self.client.list_artifacts(run_id, folder))
+        return [str(each.path) for each in found]
+
+    def read_artifact(self, run_id: str, name: str) -> bytes | None:
+        """The artifact's bytes, or None where it does not exist (yet)."""
+        import tempfile
+
+        folder, _, _ = name.rpartition("/")
+        if name not in self.list_artifacts(run_id, folder):
+            return None
+        with tempfile.TemporaryDirectory() as target:
+            path = self.call(f"reading {name}", lambda: self.client.download_artifacts(run_id, name, target))
+            return Path(path).read_bytes()
+
+    def log_index(self, run_id: str) -> list[dict[str, Any]]:
+        """The parts of the stored log: ``logs/index.json``. Empty until the first part is stored."""
+        raw = self.read_artifact(run_id, "logs/index.json")
+        return list(json.loads(raw).get("parts", [])) if raw else []
+
+    # -- looking, and ending -------------------------------------------------------------------------------------------
+
+    def view(self, run_id: str) -> RunView:
+        return _view(self.call(f"reading run {run_id}", lambda: self.client.get_run(run_id)))
+
+    def resolve(self, start: str) -> str:
+        """The full run id that starts with ``start``. Raises RequestError: none, or more than one."""
+        if len(start) == 32:
+            return start
+        if not start or not start.isalnum():
+            raise RequestError(f"{start!r} is not a run id, nor the start of one.")
+        found = [view.run_id for view in self.runs(f"attributes.run_id LIKE '{start}%'")]
+        if len(found) == 1:
+            return found[0]
+        detail = "no run" if not found else f"{len(found)} runs: " + ", ".join(found[:5])
+        raise RequestError(f"{start!r} is the start of {detail} at {redact_url(self.uri)}.", hint="Give more of its id.")
+
+    def runs(self, query: str = "", limit: int = 200) -> list[RunView]:
+        """Runs of this backend in all experiments, newest first."""
+        experiments = [each.experiment_id for each in self.call("listing experiments", self.client.search_experiments)]
+        query = " and ".join(filter(None, (f"tags.`{PREFIX}submission_id` != ''", query)))
+        if not experiments:
+            return []
+
+        def search() -> Any:
+            return self.client.search_runs(
+                experiments, query, max_results=limit, order_by=["attributes.start_time DESC"]
+            )
+
+        return [_view(run) for run in self.call("listing runs", search)]
+
+    def finalise(self, run_id: str, diagnosis: Diagnosis, owner: str, *, exit_code: int | None = None) -> None:
+        """Write the one final status, on proof that no runner will. Does nothing where it is written already."""
+        if self.view(run_id).ended:
+            return
+        tags = {
+            PREFIX + "reason": diagnosis.reason.value,
+            PREFIX + "message": diagnosis.message,
+            PREFIX + "phase": Phase.DONE.value,
+        }
+        if exit_code is not None:
+            tags[PREFIX + "exit_code"] = str(exit_code)
+        self.set_tags(run_id, tags)
+        status = final_status(diagnosis.reason)
+        self.call("ending the run", lambda: self.client.set_terminated(run_id, status))
+        self.set_tags(run_id, {PREFIX + "finalized": owner})
+
+    def register_model(self, view: RunView, name: str, path: str, tags: Mapping[str, str]) -> Any:
+        """A new version of the registered model ``name`` from the run's model or artifact ``path``."""
+        import mlflow
+
+        def register() -> Any:
+            with _tracking_uri(self.uri):
+                return mlflow.register_model(f"runs:/{view.run_id}/{path}", name, tags=dict(tags))
+
+        return self.call(f"registering model {name}", register)
+
+
+def snapshot_name(digest: str) -> str:
+    """The file name of a stored snapshot. Content-addressed: equal names hold equal projects."""
+    return digest.partition(":")[2][:32] + ".tar.gz"
+
+
+def _view(run: Any) -> RunView:
+    info = run.info
+    return RunView(
+        info.run_id,
+        info.experiment_id,
+        info.run_name or "",
+        info.status,
+        info.artifact_uri,
+        info.start_time,
+        info.end_time,
+        dict(run.data.tags),
+        dict(run.data.params),
+        dict(run.data.metrics),
+    )
+
+
+@contextlib.contextmanager
+def _tracking_uri(uri: str) -> Iterator[None]:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(CALL_RETRIES),
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(CALL_TIMEOUT_S),
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+_limits_lock = threading.Lock()
+_limits_users = 0
+_limits_before: dict[str, str | None] = {}
+
+
+@contextlib.contextmanager
+def _bounded_calls() -> Iterator[None]:
+    """MLflow reads its time limits from the environment at each call: ours, unless the user set them."""
+    global _limits_users
+    with _limits_lock:
+        _limits_users += 1
+        if _limits_users == 1:
+            for key, value in _LIMITS.items():
+                _limits_before[key] = os.environ.get(key)
+                os.environ.setdefault(key, value)
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            _limits_users -= 1
+            if _limits_users == 0:
+                for key, before in _limits_before.items():
+                    if before is None:
+                        os.environ.pop(key, None)
+
+
+def owner_name(machine: str) -> str:
+    """Who a submitter is in ``.owner``: machine and process, so that a later command can tell whether it still lives."""
+    return f"submitter:{machine}:{os.getpid()}"
+
+
+def submitter_alive(owner: str, machine: str) -> bool | None:
+    """Whether the submitter that wrote ``owner`` still lives; None where that cannot be told from here."""
+    kind, _, rest = owner.partition(":")
+    name, _, pid = rest.rpartition(":")
+    if kind != "submitter" or name != machine or not pid.isdigit():
+        return None
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
