@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +101,7 @@ class Tracking:
         with _bounded_calls():
             try:
                 return action()
-            except Exception as error:  # noqa: BLE001 - every store raises its own; all of them end here, by name
+            except Exception as error:
                 raise self._error(doing, error) from error
 
     def _error(self, doing: str, error: Exception) -> Exception:
@@ -189,7 +191,7 @@ class Tracking:
         all_params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
         for start in range(0, len(all_params), PARAMS_PER_CALL):
             batch = all_params[start : start + PARAMS_PER_CALL]
-            self.call("logging the parameters", lambda b=batch: self.client.log_batch(run_id, params=b))  # type: ignore[misc]
+            self.call("logging the parameters", partial(self.client.log_batch, run_id, params=batch))
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -215,8 +217,8 @@ class Tracking:
     def stored_snapshot(self, experiment_id: str, digest: str) -> tuple[str, str] | None:
         """Run id and artifact URI of a snapshot with this digest that the experiment holds already, or None."""
         query = f"tags.`{PREFIX}snapshot` = '{digest}' and tags.`{PREFIX}snapshot_stored` = 'true'"
-        found = self.call("looking for snapshots", lambda: self.client.search_runs([experiment_id], query, max_results=3))
-        for run in found:
+        search = partial(self.client.search_runs, [experiment_id], query, max_results=3)
+        for run in self.call("looking for snapshots", search):
             for each in self.list_artifacts(run.info.run_id, "snapshot"):
                 if Path(each).name == snapshot_name(digest):
                     return run.info.run_id, f"{run.info.artifact_uri}/{each}"
@@ -228,8 +230,6 @@ class Tracking:
 
     def read_artifact(self, run_id: str, name: str) -> bytes | None:
         """The artifact's bytes, or None where it does not exist (yet)."""
-        import tempfile
-
         folder, _, _ = name.rpartition("/")
         if name not in self.list_artifacts(run_id, folder):
             return None
@@ -257,7 +257,8 @@ class Tracking:
         if len(found) == 1:
             return found[0]
         detail = "no run" if not found else f"{len(found)} runs: " + ", ".join(found[:5])
-        raise RequestError(f"{start!r} is the start of {detail} at {redact_url(self.uri)}.", hint="Give more of its id.")
+        where = redact_url(self.uri)
+        raise RequestError(f"{start!r} is the start of {detail} at {where}.", hint="Give more of its id.")
 
     def runs(self, query: str = "", limit: int = 200) -> list[RunView]:
         """Runs of this backend in all experiments, newest first."""
@@ -365,7 +366,7 @@ def _bounded_calls() -> Iterator[None]:
 
 
 def owner_name(machine: str) -> str:
-    """Who a submitter is in ``.owner``: machine and process, so that a later command can tell whether it still lives."""
+    """Who a submitter is in ``.owner``: machine and process, so that a later command can tell whether it lives."""
     return f"submitter:{machine}:{os.getpid()}"
 
 

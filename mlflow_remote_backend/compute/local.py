@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,9 +21,10 @@ from urllib.parse import urlsplit
 
 from ..errors import ComputeError, ConfigError
 from ..job import Diagnosis, JobSpec, JobStatus, LogChunk, Phase, Reason
-from ..runner import run_folder, spool
+from ..runner import run_folder
 from ..runner.prepare import Place
 from ..runner.run_folder import RunFolder
+from ..runner.spool import Spool, SpoolReader
 from ..runner.supervise import Running, Start, start_detached
 from .base import JobHandle, Request, Secrets
 
@@ -103,7 +103,7 @@ class LocalCompute:
         if not folder.exists():
             return JobStatus(Phase.DONE, _lost("its folder is gone"), gone=True)
         said = folder.said()
-        ended = spool.SpoolReader(folder.spool).exit()
+        ended = Spool(folder.spool).exit()
         status = JobStatus(
             Phase(said.get("phase") or Phase.STARTING),
             exit_code=ended.exit_code if ended else None,
@@ -117,7 +117,7 @@ class LocalCompute:
         return JobStatus(status.phase, _lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid)
 
     def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
-        reader = spool.SpoolReader(self._folder(handle).spool)
+        reader = SpoolReader(self._folder(handle).spool)
         while data := reader.read(offset, READ_BYTES):
             yield LogChunk(offset, data, attempt)
             offset += len(data)
@@ -126,7 +126,7 @@ class LocalCompute:
         folder = self._folder(handle)
         if not folder.exists():
             return
-        spool.write_text(folder.cancel, str(grace_period_s))
+        run_folder.replace_text(folder.cancel, str(grace_period_s))
         if not folder.supervised():
             self.recover(handle)
         deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
@@ -192,47 +192,26 @@ class LocalProgram:
             env={**start.environ, **start.program_secrets},
             start_new_session=True,
         )
-        return _Child(process)
+        return _Execute(Spool(folder.spool), process)
 
     def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
-        return _Found.in_spool(folder.spool)
+        return _Execute(Spool(folder.spool)) if Spool(folder.spool).started() else None
 
 
-class _Child:
-    """``execute`` as our own child."""
+class _Execute:
+    """``execute`` as its spool shows it: whichever supervisor started it, its lock tells whether it lives."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, spool: Spool, process: subprocess.Popen[bytes] | None = None) -> None:
+        self._spool = spool
         self._process = process
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        if self._process is not None:
+            return self._process.poll() is None
+        return bool(self._spool.execute_lives())
 
     def stop(self, grace_period_s: float) -> None:
-        if self.alive():
-            self._process.send_signal(signal.SIGTERM)
+        """Nothing beyond the spool's cancel file, which execute acts on by itself."""
 
     def collect(self) -> None:
         """Nothing to bring: the program ran in the run folder itself."""
-
-
-class _Found:
-    """``execute`` as an earlier supervisor started it: not our child, so known by pid and start time."""
-
-    def __init__(self, pid: int, started: str) -> None:
-        self._pid = pid
-        self._started = started
-
-    @classmethod
-    def in_spool(cls, folder: Path) -> _Found | None:
-        started = spool.read_json(folder / spool.STARTED)
-        return cls(int(started["execute_pid"]), str(started["execute_start"])) if started else None
-
-    def alive(self) -> bool:
-        return spool.process_start(self._pid) == self._started
-
-    def stop(self, grace_period_s: float) -> None:
-        if self.alive():
-            os.kill(self._pid, signal.SIGTERM)
-
-    def collect(self) -> None:
-        """Nothing to bring."""

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from ..errors import JobError, ProjectError, RemoteError
 from ..job import JobSpec, Parameter
-from . import command, spool
+from . import command
 from .fetch import fetch
+from .spool import Command, Prepared, Spool
 
 OUTPUT_FOLDER = "outputs"
 
@@ -54,7 +55,7 @@ def prepare(spec: JobSpec, place: Place) -> None:
         failed = {"reason": _reason(error), "message": error.what, "words": error.words, "hint": error.hint}
     except OSError as error:
         failed = {"reason": "BOOTSTRAP", "message": "The job could not be prepared.", "words": str(error), "hint": ""}
-    spool.write_json(place.spool / spool.PREPARE, {"failed": failed, "seconds": seconds})
+    Spool.create(place.spool).write_prepared(Prepared(failed, seconds))
 
 
 def _reason(error: RemoteError) -> str:
@@ -62,14 +63,13 @@ def _reason(error: RemoteError) -> str:
 
 
 def _prepare(spec: JobSpec, place: Place, seconds: dict[str, float]) -> None:
-    place.spool.mkdir(parents=True, exist_ok=True)
     with _timed(seconds, "snapshot"):
         folder = _project_folder(spec, place)
     with _timed(seconds, "environment"):
         variables = _environment(spec, place)
     (folder / OUTPUT_FOLDER).mkdir(exist_ok=True)
     line = _command_line(spec, place, folder)
-    spool.write_json(place.spool / spool.COMMAND, _command_file(spec, place, folder, line, variables))
+    Spool.create(place.spool).write_command(_command(spec, place, folder, line, variables))
 
 
 @contextlib.contextmanager
@@ -166,9 +166,7 @@ def _download(spec: JobSpec, place: Place, parameter: Parameter, uri: str) -> st
     return _as_seen(place, place.work, os.path.abspath(fetched))
 
 
-def _command_file(
-    spec: JobSpec, place: Place, folder: Path, line: str, variables: Mapping[str, str]
-) -> dict[str, object]:
+def _command(spec: JobSpec, place: Place, folder: Path, line: str, variables: Mapping[str, str]) -> Command:
     seen = place.work_seen_as or str(folder)
     ours = {
         "MLFLOW_RUN_ID": spec.run.run_id,
@@ -178,13 +176,14 @@ def _command_file(
         "MLFLOW_REMOTE_SUBMISSION_ID": spec.submission_id,
         "PYTHONUNBUFFERED": "1",
     }
-    return {
-        "argv": ["bash", "-c", line],
-        "cwd": seen,
-        "env": {**variables, **spec.env_vars, **ours},
-        "env_remove": [],
-        "grace_period_s": spec.limits.grace_period_s,
-        "timeout_s": spec.limits.timeout_s,
-        "log_limit_bytes": spec.log_limit_bytes,
-        "tee": place.tee,
-    }
+    return Command(
+        argv=("bash", "-c", line),
+        fallback_argv=("sh", "-c", line),
+        cwd=seen,
+        env={**variables, **spec.env_vars, **ours},
+        grace_period_s=spec.limits.grace_period_s,
+        timeout_s=spec.limits.timeout_s,
+        log_limit_bytes=spec.log_limit_bytes,
+        memory_limit_hint=spec.resources.memory_bytes,
+        tee=place.tee,
+    )

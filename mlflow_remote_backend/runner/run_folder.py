@@ -28,7 +28,8 @@ from typing import Any
 
 from ..errors import ComputeError
 from ..job import JobSpec
-from . import envelope, spool
+from . import envelope
+from .spool import Spool, read_json, write_json
 
 
 def state_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -78,8 +79,8 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.spool.mkdir(exist_ok=True)
-            spool.write_text(self.envelope, envelope.dump(spec))
+            Spool.create(self.spool)
+            replace_text(self.envelope, envelope.dump(spec))
         except OSError as error:
             raise ComputeError(f"The job's folder {self.path} cannot be made.", words=str(error)) from error
 
@@ -88,10 +89,10 @@ class RunFolder:
 
     def say(self, phase: str, detail: str = "") -> None:
         """Tell whoever looks where the supervisor is on its way."""
-        spool.write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
+        write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
 
     def said(self) -> dict[str, Any]:
-        return spool.read_json(self._progress) or {}
+        return read_json(self._progress) or {}
 
     def try_lock(self) -> int | None:
         """A descriptor that holds the lock, or None: a supervisor lives, or the folder is gone."""
@@ -119,6 +120,13 @@ class RunFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def all_folders(root: Path | None = None) -> Iterator[RunFolder]:

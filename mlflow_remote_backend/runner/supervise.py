@@ -19,18 +19,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..errors import ComputeError
 from ..job import JobSpec
-from . import spool
 from .prepare import Place, prepare
 from .run_folder import RunFolder
+from .spool import Prepared, Spool
 
 #: Threads that MLflow itself starts and that a forked child can do without.
 _HARMLESS_THREADS = ("MLflowTelemetry", "GetTelemetryConfig")
@@ -220,6 +219,7 @@ class _Job:
     def __init__(self, spec: JobSpec, folder: RunFolder, program: Program, start: Start) -> None:
         self.spec = spec
         self.folder = folder
+        self.spool = Spool(folder.spool)
         self.work_dir = Path(spec.in_place) if spec.in_place else folder.work
         self._program = program
         self._start = start
@@ -229,7 +229,7 @@ class _Job:
 
     def begin(self) -> None:
         self._running = self._program.find(self.spec, self.folder)
-        if self._running is None and spool.read_json(self.folder.spool / spool.PREPARE) is None:
+        if self._running is None and self.spool.prepared() is None:
             self._preparing = threading.Thread(target=self._prepare_and_start, name="prepare", daemon=True)
             self._preparing.start()
 
@@ -237,8 +237,8 @@ class _Job:
         self.folder.say("preparing")
         place = self._program.place(self.spec, self.folder, self._start.environ)
         prepare(self.spec, place)
-        done: dict[str, Any] = spool.read_json(self.folder.spool / spool.PREPARE) or {}
-        if done.get("failed") or self._cancelled:
+        done = self.spool.prepared() or Prepared()
+        if done.failed or self._cancelled:
             return
         try:
             self._running = self._program.start(self.spec, self.folder, self._start)
@@ -250,7 +250,7 @@ class _Job:
                 "words": getattr(error, "words", ""),
                 "hint": getattr(error, "hint", ""),
             }
-            spool.write_json(self.folder.spool / spool.PREPARE, {**done, "failed": failed})
+            self.spool.write_prepared(Prepared(failed, done.seconds))
 
     def alive(self) -> bool:
         """Called several times a second: passes on a cancel, and tells whether the program may still write."""
@@ -262,7 +262,7 @@ class _Job:
 
     def _cancel(self) -> None:
         self._cancelled = True
-        (self.folder.spool / spool.CANCEL).touch()
+        self.spool.request_cancel()
         if self._running is not None:
             grace = self.folder.cancel.read_text().strip()
             self._running.stop(float(grace) if grace else self.spec.limits.grace_period_s)

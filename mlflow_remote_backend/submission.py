@@ -1,0 +1,380 @@
+"""The pipeline, top to bottom, one call per arrow: what the caller asked for -> a job that runs.
+
+Everything up to ``compute.check`` creates nothing and may fail freely: :func:`plan` stops there. From
+``tracking.open_run`` on a run exists, and a failure ends it with its reason before it is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import compute as computes
+from . import config as configuration
+from . import environment, project, snapshot
+from .compute.base import Compute, JobHandle, Request, Secrets, bind
+from .config import BackendConfig, CliContext
+from .errors import RemoteError
+from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, SnapshotRef
+from .project import Project
+from .runner import command
+from .runner.run_folder import machine_id
+from .tracking import PREFIX, RunView, Tracking, local_stores, owner_name, snapshot_name, submitter_alive
+
+#: Variables of the caller by which a program reaches MLflow and its artifact store. They travel as secrets.
+FORWARDED = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_STORAGE_", "AZURE_CLIENT_", "AZURE_TENANT_", "DATABRICKS_")
+#: Never forwarded though they match: they name things of this machine.
+NOT_FORWARDED = frozenset({"MLFLOW_TRACKING_URI", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"})
+#: Forwarded as they are: how the network is reached from here, which the job usually shares.
+NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the caller asked for, as MLflow hands it over. ``cli``: what only the command line knows."""
+
+    uri: str
+    entry_point: str
+    parameters: Mapping[str, Any]
+    version: str | None
+    backend_config: Any = field(repr=False)
+    tracking_uri: str
+    experiment_id: str
+    cli: CliContext | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen. ``request``: the compute's rendering with placeholders for run and artifact URI."""
+
+    project: Project
+    config: BackendConfig
+    packed: snapshot.Snapshot
+    request: Request
+    notices: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that runs, and what is needed to follow it."""
+
+    run: RunRef
+    handle: JobHandle
+    compute: Compute
+    config: BackendConfig
+    tracking: Tracking
+
+
+Say = Callable[[str], None]
+
+
+def plan(order: Order, say: Say = lambda line: None) -> Plan:
+    """What a submission of this order would do. Creates nothing but caches. Raises RequestError, ServiceError."""
+    with contextlib.ExitStack() as stack:
+        planned, *_ = _understand(order, say, stack)
+        return planned
+
+
+def submit(order: Order, say: Say = lambda line: None) -> Submission:
+    """Start the job. Blocks until it exists, not until it runs.
+
+    Raises RequestError and ServiceError before anything exists; a failure after that ends the run first.
+    """
+    with contextlib.ExitStack() as stack:
+        planned, compute, secrets, tracking = _understand(order, say, stack)
+        earlier = _earlier_submission(tracking, order, planned)
+        if earlier is not None and not _unfinished(earlier):
+            handle = JobHandle(earlier.tag("handle"), earlier.tag("job_uid"))
+            run = RunRef(earlier.run_id, earlier.experiment_id, earlier.artifact_uri, tracking.uri)
+            return Submission(run, handle, compute, planned.config, tracking)
+        run = _open_run(tracking, order, planned, earlier)
+        with _failure_ends(tracking, run, compute):
+            handle = _start(tracking, run, planned, compute, secrets)
+        return Submission(run, handle, compute, planned.config, tracking)
+
+
+# -- understanding: nothing is created --------------------------------------------------------------------------------
+
+
+def _understand(
+    order: Order, say: Say, stack: contextlib.ExitStack
+) -> tuple[Plan, Compute, Secrets, Tracking]:
+    found = stack.enter_context(project.fetch(order.uri, order.version, order.entry_point, order.parameters))
+    config = configuration.parse(order.backend_config, project_dir=found.dir, environ=os.environ, cli=order.cli)
+    tracking = Tracking(order.tracking_uri)
+    tracking.preflight(order.experiment_id)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-remote-")))
+    seconds: dict[str, float] = {}
+    packed, locked = _pack_and_lock(found, config, tracking, folder, say, seconds)
+    spec = describe(order, found, config, packed, locked, tracking)
+    compute = computes.from_options(config.compute, spec.options)
+    request = compute.render(spec)
+    secrets = secrets_of(config, os.environ)
+    notices = (*packed.warnings, *compute.check(request, secrets))
+    for notice in notices:
+        say(notice)
+    return Plan(found, config, packed, request, notices, seconds), compute, secrets, tracking
+
+
+def _pack_and_lock(
+    found: Project, config: BackendConfig, tracking: Tracking, folder: Path, say: Say, seconds: dict[str, float]
+) -> tuple[snapshot.Snapshot, EnvironmentRef]:
+    """The snapshot and the lock, side by side: one reads the disk, the other waits for a solver."""
+    stores = local_stores(tracking.uri)
+
+    def pack() -> snapshot.Snapshot:
+        with timed(seconds, "snapshot"):
+            return snapshot.build(snapshot.scan(found.dir, config.snapshot, stores), folder)
+
+    def lock() -> EnvironmentRef:
+        with timed(seconds, "environment"):
+            return _locked(found, config, say)
+
+    if config.env_manager == "local":
+        return pack(), lock()
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="submission") as pool:
+        packing, locking = pool.submit(pack), pool.submit(lock)
+        return packing.result(), locking.result()
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = time.monotonic() - start
+
+
+def describe(
+    order: Order,
+    found: Project,
+    config: BackendConfig,
+    packed: snapshot.Snapshot,
+    locked: EnvironmentRef,
+    tracking: Tracking,
+) -> JobSpec:
+    """All of it in one frozen value; run id and artifact URI still placeholders. Pure but for the submission id."""
+    declared, _ = command.values_of(found.entry_point, found.parameters)
+    command.check_quoting(found.entry_point, declared)
+    return JobSpec(
+        run=RunRef(experiment_id=order.experiment_id, tracking_uri=config.tracking_uri or tracking.uri),
+        submission_id=config.submission_id or uuid.uuid4().hex,
+        project_name=found.name,
+        entry_point=found.entry_point,
+        parameters=found.parameters,
+        snapshot=packed.ref,
+        environment=locked,
+        compute=config.compute,
+        resources=config.resources,
+        limits=config.limits,
+        retry=config.retry,
+        env_vars=config.env_vars,
+        secret_names=tuple(sorted(config.pass_env)),
+        secret_refs=plain(config.secrets),
+        outputs=config.outputs,
+        log_limit_bytes=config.log_limit_bytes,
+        register_model=plain(config.register_model) if config.register_model else None,
+        labels=config.labels,
+        annotations=config.annotations,
+        docker_env=found.docker_env,
+        options=config.options(),
+        in_place=str(found.dir) if config.snapshot.in_place else "",
+    )
+
+
+def secrets_of(config: BackendConfig, environ: Mapping[str, str]) -> Secrets:
+    """What travels as secrets: ``pass_env``, and by an open-ended rule all that may open MLflow or its store."""
+    forwarded = {
+        key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED
+    }
+    network = {key: environ[key] for key in NETWORK if key in environ}
+    return Secrets(program={**network, **forwarded, **config.pass_env}, runner={**network, **forwarded})
+
+
+# -- creating: from here on a failure ends the run ------------------------------------------------------------------------
+
+
+def _earlier_submission(tracking: Tracking, order: Order, planned: Plan) -> RunView | None:
+    if not planned.config.submission_id:
+        return None
+    return tracking.find_submission(order.experiment_id, planned.config.submission_id)
+
+
+def _unfinished(earlier: RunView) -> bool:
+    """The earlier submission died before its job existed: this one continues it."""
+    if earlier.ended or earlier.tag("phase") != Phase.CREATING.value:
+        return False
+    return submitter_alive(earlier.tag("owner"), machine_id()) is False
+
+
+def _open_run(tracking: Tracking, order: Order, planned: Plan, earlier: RunView | None) -> RunRef:
+    config, found = planned.config, planned.project
+    if earlier is not None:
+        return RunRef(earlier.run_id, earlier.experiment_id, earlier.artifact_uri, tracking.uri)
+    tags = run_tags(order, planned)
+    if config.run_id:
+        return tracking.reuse_run(config.run_id, tags=tags, params=found.logged_params, name=config.run_name or "")
+    return tracking.open_run(order.experiment_id, tags=tags, params=found.logged_params, name=config.run_name or "")
+
+
+def run_tags(order: Order, planned: Plan) -> dict[str, str]:
+    """The tags that a run has from its first moment: MLflow's own, as its local backend sets them, and ours."""
+    from mlflow.utils import mlflow_tags as names
+
+    spec, found = planned.request.spec, planned.project
+    tags = {
+        names.MLFLOW_USER: _user(),
+        names.MLFLOW_SOURCE_NAME: found.source_name,
+        names.MLFLOW_SOURCE_TYPE: "PROJECT",
+        names.MLFLOW_PROJECT_ENTRY_POINT: found.entry_point.name,
+        names.MLFLOW_PROJECT_BACKEND: "remote",
+        names.MLFLOW_PROJECT_ENV: spec.environment.manager,
+        names.MLFLOW_GIT_COMMIT: found.git.commit,
+        names.MLFLOW_GIT_REPO_URL: found.git.repo_url,
+        names.MLFLOW_GIT_BRANCH: found.version if found.is_branch else "",
+        names.MLFLOW_PARENT_RUN_ID: _parent_run_id(planned.config.run_id or ""),
+        PREFIX + "compute": planned.config.compute_name or spec.compute,
+        PREFIX + "submission_id": spec.submission_id,
+        PREFIX + "phase": Phase.CREATING.value,
+        PREFIX + "owner": owner_name(machine_id()),
+        PREFIX + "snapshot": spec.snapshot.digest,
+        PREFIX + "environment": spec.environment.lock_key,
+    }
+    return {**{key: value for key, value in tags.items() if value}, **planned.config.tags}
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an arbitrary uid without a name, as in a pod
+        return str(os.getuid())
+
+
+def _parent_run_id(own: str) -> str:
+    """The active run of this process; inside a job of ours, where none is active, that job's run."""
+    import mlflow
+
+    active = mlflow.active_run()
+    parent = active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID", "")
+    return "" if parent == own else parent
+
+
+@contextlib.contextmanager
+def _failure_ends(tracking: Tracking, run: RunRef, compute: Compute) -> Iterator[None]:
+    """Whatever goes wrong now is written into the run before it is raised; what exists of the job is removed."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(RemoteError):
+            tracking.finalise(run.run_id, _diagnosis(error), "submitter")
+        raise
+
+
+def _diagnosis(error: BaseException) -> Diagnosis:
+    if isinstance(error, KeyboardInterrupt):
+        return Diagnosis(Reason.CANCELLED, "Cancelled while the job was being created.")
+    code = getattr(error, "code", "")
+    reason = Reason(code) if code in Reason.__members__ else Reason.BOOTSTRAP
+    return Diagnosis(reason, f"The job could not be created: {error}")
+
+
+def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, secrets: Secrets) -> JobHandle:
+    spec = planned.request.spec
+    job_run = RunRef(run.run_id, run.experiment_id, run.artifact_uri, spec.run.tracking_uri)
+    url = compute.handle_url(spec.bind(job_run, spec.snapshot))
+    tracking.set_tags(run.run_id, {PREFIX + "handle": url})
+    stored = _store(tracking, run, planned)
+    request = bind(compute, planned.request, job_run, stored, planned.packed.path)
+    tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
+    handle = compute.submit(request, secrets)
+    tags = {PREFIX + "job_uid": handle.uid, PREFIX + "snapshot_stored": "true"}
+    tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
+    return handle
+
+
+def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
+    """The snapshot with its archive in the artifact store: uploaded, unless the experiment holds it already."""
+    packed, spec = planned.packed, planned.request.spec
+    tracking.store_text(run.run_id, packed.listing_text(), "snapshot/files.txt")
+    if spec.environment.lock:
+        tracking.store_text(run.run_id, spec.environment.lock, f"environment/{lock_name(spec.environment)}")
+    if planned.project.git.diff:
+        diff = planned.project.git.diff.decode(errors="replace")
+        tracking.store_text(run.run_id, diff, "remote/uncommitted.diff")
+    tracking.log_metrics(run.run_id, {f"remote/seconds_{key}": value for key, value in planned.seconds.items()})
+    held = tracking.stored_snapshot(run.experiment_id, packed.digest)
+    if held is not None:
+        holder, uri = held
+        pointer = f"runs:/{holder}/snapshot/{snapshot_name(packed.digest)}\n"
+        tracking.store_text(run.run_id, pointer, "snapshot/stored_in")
+        return dataclasses.replace(packed.ref, uri=uri)
+    tracking.store_file(run.run_id, packed.path, "snapshot")
+    return dataclasses.replace(packed.ref, uri=f"{run.artifact_uri}/snapshot/{packed.path.name}")
+
+
+def lock_name(environment: EnvironmentRef) -> str:
+    """The lock's usual file name, by which conda-lock, conda and uv know it."""
+    return "conda-lock.yml" if environment.kind == "conda-lock" else "requirements.txt"
+
+
+def printable(request: Request) -> str:
+    """What was (or would be) submitted, as YAML. Holds no secret by construction: a request never does."""
+    return yaml.safe_dump(plain(request.document), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as the dicts and lists that JSON and YAML know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(each) for each in value]
+    return value
+
+
+def plan_data(planned: Plan) -> dict[str, Any]:
+    """A plan as plain data, for ``mlflow-remote plan --json``."""
+    spec, packed = planned.request.spec, planned.packed
+    return {
+        "project": {"uri": planned.project.source_name, "entry_point": spec.entry_point.name},
+        "compute": planned.config.compute_name or spec.compute,
+        "parameters": dict(spec.parameters),
+        "snapshot": {"digest": packed.digest, "files": len(packed.listing.entries), "size_bytes": packed.size_bytes},
+        "environment": {"manager": spec.environment.manager, "lock_key": spec.environment.lock_key},
+        "request": plain(planned.request.document),
+        "notices": list(planned.notices),
+        "seconds": dict(planned.seconds),
+    }
+
+
+def plan_text(planned: Plan) -> str:
+    """A plan for people: what would be packed, used and created."""
+    data = plan_data(planned)
+    packed, request = data["snapshot"], data.pop("request")
+    environment = data["environment"]["lock_key"] or f"none of its own ({data['environment']['manager']})"
+    lines = [
+        f"project      {data['project']['uri']}, entry point {data['project']['entry_point']}",
+        f"compute      {data['compute']}",
+        f"snapshot     {packed['files']} files, {packed['size_bytes']} bytes packed, {packed['digest']}",
+        f"environment  {environment}",
+        *(f"notice       {line}" for line in data["notices"]),
+        "would create:",
+        yaml.safe_dump(request, sort_keys=False, allow_unicode=True, width=120).rstrip(),
+    ]
+    return "\n".join(lines)
