@@ -162,15 +162,23 @@ def _clone(url: str, version: str | None, folder: Path) -> tuple[Path, bool]:
 
 
 def _fetch_version(target: Path, name: str, version: str | None) -> None:
+    """Leave the wanted commit in FETCH_HEAD: alone if the server can do that, else with all of the history."""
     try:
         _git(target, name, "fetch", "--quiet", "--depth", "1", "origin", version or "HEAD")
     except ProjectError:
-        if version is None:
-            raise
-        # Servers may refuse a bare commit hash, above all a short one: take everything and let git resolve it.
-        _git(target, name, "fetch", "--quiet", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*")
-        commit = _git(target, name, "rev-parse", "--verify", "--quiet", f"{version}^{{commit}}")
-        (target / ".git" / "FETCH_HEAD").write_text(commit.decode().strip() + "\t\t\n")
+        # Servers may refuse a bare commit hash, above all a short one, and plain web servers a shallow copy.
+        _git(target, name, "fetch", "--quiet", "--tags", "origin", "HEAD", "+refs/heads/*:refs/remotes/origin/*")
+        if version is not None:
+            commit = _resolve(target, name, version)
+            (target / ".git" / "FETCH_HEAD").write_text(f"{commit}\t\t\n")
+
+
+def _resolve(target: Path, name: str, version: str) -> str:
+    for candidate in (f"refs/remotes/origin/{version}", version):
+        found = _git_or_empty(target, "rev-parse", "--verify", "--quiet", f"{candidate}^{{commit}}")
+        if found:
+            return found.decode().strip()
+    raise ProjectError(f"Project {name!r} has no branch, tag or commit {version!r}.")
 
 
 def _git(folder: Path, name: str, *arguments: str) -> bytes:
