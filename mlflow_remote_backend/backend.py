@@ -141,6 +141,12 @@ def plan(
     import mlflow
 
     order = Order(
-        uri, entry_point, parameters or {}, version, backend_config, tracking_uri or mlflow.get_tracking_uri(), experiment_id
+        uri,
+        entry_point,
+        parameters or {},
+        version,
+        backend_config,
+        tracking_uri or mlflow.get_tracking_uri(),
+        experiment_id,
     )
     return submission.plan(order)

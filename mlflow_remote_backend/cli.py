@@ -175,7 +175,9 @@ def _line(view: RunView) -> str:
     from .display import harmless
 
     state = view.status if view.ended else view.tag("phase") or view.status
-    words = " ".join(filter(None, (view.tag("reason") if view.ended else "", view.tag("message") if view.ended else "")))
+    words = " ".join(
+        filter(None, (view.tag("reason") if view.ended else "", view.tag("message") if view.ended else ""))
+    )
     name = harmless(view.name)[:24]
     return harmless(f"{view.run_id[:12]}  {state:<10}  {view.tag('compute'):<12}  {name:<24}  {words}".rstrip())
 
@@ -247,7 +249,11 @@ def _gc(arguments: argparse.Namespace) -> int:
 
     done = list(gc.failures(gc.collect(_tracking(arguments), dry_run=arguments.dry_run, cache=arguments.cache)))
     data = [dataclasses.asdict(each) for each in done]
-    _print(arguments, data, lambda: "\n".join(f"{each.kind} {each.what}: {each.action}" for each in done) or "nothing to do")
+    _print(
+        arguments,
+        data,
+        lambda: "\n".join(f"{each.kind} {each.what}: {each.action}" for each in done) or "nothing to do",
+    )
     return RUN_GOES_ON if any(each.kind == "error" for each in done) else OK
 
 

@@ -61,8 +61,10 @@ class Terminal:
             return
         if len(text) + self._column <= MAX_LINE_CHARS:
             self._out.write(text)
-            self._column = len(text) - 1 - max(text.rfind("\n"), text.rfind("\r")) if _LINE_END.search(text) else (
-                self._column + len(text)
+            self._column = (
+                len(text) - 1 - max(text.rfind("\n"), text.rfind("\r"))
+                if _LINE_END.search(text)
+                else (self._column + len(text))
             )
         else:
             for body, end in _LINE.findall(text):
@@ -73,7 +75,9 @@ class Terminal:
     def _show_cut(self, body: str, end: str) -> None:
         room = MAX_LINE_CHARS - self._column
         if room > 0:
-            self._out.write(body if len(body) <= room else body[:room] + "[… the rest of this line is in the stored log]")
+            self._out.write(
+                body if len(body) <= room else body[:room] + "[… the rest of this line is in the stored log]"
+            )
         self._column += len(body)
         if end:
             self._out.write(end)

@@ -43,7 +43,9 @@ class Cursor:
 class LogPump(threading.Thread):
     """Copies a job's log to ``sink`` as it comes: from the compute while that has it, else from the stored parts."""
 
-    def __init__(self, compute: Compute, handle: JobHandle, tracking: Tracking, run_id: str, sink: Callable[[bytes], None]):
+    def __init__(
+        self, compute: Compute, handle: JobHandle, tracking: Tracking, run_id: str, sink: Callable[[bytes], None]
+    ):
         super().__init__(name=f"log of {run_id}", daemon=True)
         self.cursor = Cursor()
         self._compute = compute
@@ -294,9 +296,7 @@ class Follower:
         time.sleep(POLL_S)
 
 
-def settle(
-    tracking: Tracking, compute: Compute | None, handle: JobHandle, run_id: str, status: JobStatus
-) -> None:
+def settle(tracking: Tracking, compute: Compute | None, handle: JobHandle, run_id: str, status: JobStatus) -> None:
     """End a run whose job is proven gone without a final status: by a new runner, else by writing the status."""
     assert status.gone, "only on proof"
     if compute is not None and compute.recover(handle):

@@ -23,7 +23,7 @@ ABSENT_S = 15 * 60
 
 @dataclass(frozen=True)
 class Collected:
-    """One thing that was dealt with. ``kind``: run, folder, environment …; ``what``: its name; ``action``: what was done."""
+    """One thing that was dealt with. ``kind``: run, folder …; ``what``: its name; ``action``: what was done to it."""
 
     kind: str
     what: str

@@ -90,7 +90,7 @@ class EntryPoint:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the program may use. ``cpu``: cores; ``*_bytes``: bytes; ``gpu``: count of ``gpu_resource``; None: no limit."""
+    """What the program may use. ``cpu``: cores; ``gpu``: count of ``gpu_resource``; None: no limit."""
 
     cpu: float | None = None
     memory_bytes: int | None = None

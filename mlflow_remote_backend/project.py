@@ -63,7 +63,7 @@ class Project:
 
 @contextlib.contextmanager
 def fetch(uri: str, version: str | None, entry_point: str, parameters: Mapping[str, Any] | None) -> Iterator[Project]:
-    """The project at ``uri`` (a folder, a git URL, a zip file or URL; ``#sub/folder``), checked out until the block ends.
+    """The project at ``uri`` (a folder, a git URL, a zip file or URL; ``#sub/folder``), there until the block ends.
 
     Blocks while git or HTTP fetches. Raises ProjectError: not there, no such version, entry point or parameter.
     """
@@ -236,7 +236,7 @@ def _load(
         final, extra = point.compute_parameters(given, storage_dir=None)
     except MlflowException as error:
         raise ProjectError(f"Project {redact_url(uri)!r}: {error.message}") from error
-    except Exception as error:  # noqa: BLE001 - whatever a hostile YAML makes MLflow's loader raise is the project's fault
+    except Exception as error:  # whatever a hostile YAML makes MLflow's loader raise is the project's fault
         words = f"{type(error).__name__}: {error}"
         raise ProjectError(f"The MLproject file of {redact_url(uri)!r} cannot be read.", words=words) from error
     git = _git_state(path)

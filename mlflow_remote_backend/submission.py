@@ -22,7 +22,8 @@ import yaml
 
 from . import compute as computes
 from . import config as configuration
-from . import environment, project, snapshot
+from . import environment as locks
+from . import project, snapshot
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
 from .config import BackendConfig, CliContext
 from .errors import RemoteError
@@ -33,7 +34,15 @@ from .runner.run_folder import machine_id
 from .tracking import PREFIX, RunView, Tracking, local_stores, owner_name, snapshot_name, submitter_alive
 
 #: Variables of the caller by which a program reaches MLflow and its artifact store. They travel as secrets.
-FORWARDED = ("MLFLOW_TRACKING_", "MLFLOW_S3_", "AWS_", "AZURE_STORAGE_", "AZURE_CLIENT_", "AZURE_TENANT_", "DATABRICKS_")
+FORWARDED = (
+    "MLFLOW_TRACKING_",
+    "MLFLOW_S3_",
+    "AWS_",
+    "AZURE_STORAGE_",
+    "AZURE_CLIENT_",
+    "AZURE_TENANT_",
+    "DATABRICKS_",
+)
 #: Never forwarded though they match: they name things of this machine.
 NOT_FORWARDED = frozenset({"MLFLOW_TRACKING_URI", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"})
 #: Forwarded as they are: how the network is reached from here, which the job usually shares.
@@ -108,9 +117,7 @@ def submit(order: Order, say: Say = lambda line: None) -> Submission:
 # -- understanding: nothing is created --------------------------------------------------------------------------------
 
 
-def _understand(
-    order: Order, say: Say, stack: contextlib.ExitStack
-) -> tuple[Plan, Compute, Secrets, Tracking]:
+def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Plan, Compute, Secrets, Tracking]:
     found = stack.enter_context(project.fetch(order.uri, order.version, order.entry_point, order.parameters))
     config = configuration.parse(order.backend_config, project_dir=found.dir, environ=os.environ, cli=order.cli)
     tracking = Tracking(order.tracking_uri)
@@ -140,7 +147,7 @@ def _pack_and_lock(
 
     def lock() -> EnvironmentRef:
         with timed(seconds, "environment"):
-            return _locked(found, config, say)
+            return locks.lock_for(found, config, say)
 
     if config.env_manager == "local":
         return pack(), lock()
@@ -197,14 +204,12 @@ def describe(
 
 def secrets_of(config: BackendConfig, environ: Mapping[str, str]) -> Secrets:
     """What travels as secrets: ``pass_env``, and by an open-ended rule all that may open MLflow or its store."""
-    forwarded = {
-        key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED
-    }
+    forwarded = {key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED}
     network = {key: environ[key] for key in NETWORK if key in environ}
     return Secrets(program={**network, **forwarded, **config.pass_env}, runner={**network, **forwarded})
 
 
-# -- creating: from here on a failure ends the run ------------------------------------------------------------------------
+# -- creating: from here on a failure ends the run ---------------------------------------------------------------------
 
 
 def _earlier_submission(tracking: Tracking, order: Order, planned: Plan) -> RunView | None:
@@ -327,9 +332,9 @@ def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
     return dataclasses.replace(packed.ref, uri=f"{run.artifact_uri}/snapshot/{packed.path.name}")
 
 
-def lock_name(environment: EnvironmentRef) -> str:
+def lock_name(locked: EnvironmentRef) -> str:
     """The lock's usual file name, by which conda-lock, conda and uv know it."""
-    return "conda-lock.yml" if environment.kind == "conda-lock" else "requirements.txt"
+    return "conda-lock.yml" if locked.kind == "conda-lock" else "requirements.txt"
 
 
 def printable(request: Request) -> str:
@@ -367,12 +372,12 @@ def plan_text(planned: Plan) -> str:
     """A plan for people: what would be packed, used and created."""
     data = plan_data(planned)
     packed, request = data["snapshot"], data.pop("request")
-    environment = data["environment"]["lock_key"] or f"none of its own ({data['environment']['manager']})"
+    locked = data["environment"]["lock_key"] or f"none of its own ({data['environment']['manager']})"
     lines = [
         f"project      {data['project']['uri']}, entry point {data['project']['entry_point']}",
         f"compute      {data['compute']}",
         f"snapshot     {packed['files']} files, {packed['size_bytes']} bytes packed, {packed['digest']}",
-        f"environment  {environment}",
+        f"environment  {locked}",
         *(f"notice       {line}" for line in data["notices"]),
         "would create:",
         yaml.safe_dump(request, sort_keys=False, allow_unicode=True, width=120).rstrip(),

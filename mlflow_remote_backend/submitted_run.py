@@ -21,7 +21,9 @@ from .job import Diagnosis, Phase, Reason
 from .runner.run_folder import machine_id
 from .tracking import RunView, Tracking, submitter_alive
 
-CREATING_PATIENCE_S = 15 * 60  # how long a run may be in phase creating when nobody can tell whether its submitter lives
+CREATING_PATIENCE_S = (
+    15 * 60
+)  # how long a run may be in phase creating when nobody can tell whether its submitter lives
 TAIL_LINES = 40
 
 
@@ -96,7 +98,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         return view.status if view.ended or view.status in ("RUNNING", "SCHEDULED") else "RUNNING"
 
     def cancel(self) -> None:
-        """Stop the job and wait until it has stopped; the run ends KILLED. Idempotent. Never raises: says what failed."""
+        """Stop the job and wait until it has stopped; the run ends KILLED. Idempotent. Never raises, but says it."""
         try:
             if not self.view().ended:
                 request_cancel(self._tracking, self._compute, self._handle, self._run_id, self._grace_period_s)
@@ -294,7 +296,9 @@ def close_if_abandoned(tracking: Tracking, view: RunView) -> bool:
     if handle and _job_exists(JobHandle(handle)):
         return False
     reason = Reason.CANCELLED if view.tag("cancel_requested") else Reason.BOOTSTRAP
-    tracking.finalise(view.run_id, Diagnosis(reason, "The submitting process ended before the job was created."), "look")
+    tracking.finalise(
+        view.run_id, Diagnosis(reason, "The submitting process ended before the job was created."), "look"
+    )
     return True
 
 

@@ -383,4 +383,3 @@ def submitter_alive(owner: str, machine: str) -> bool | None:
     except PermissionError:
         return True
     return True
-

@@ -93,7 +93,9 @@ def test_a_subfolder_cannot_lead_out(repository):
         fetched_command(f"{repository}#../..")
 
 
-@pytest.mark.parametrize(("version", "command"), [("v1", "echo first"), ("old", "echo first"), ("trunk", "echo second")])
+@pytest.mark.parametrize(
+    ("version", "command"), [("v1", "echo first"), ("old", "echo first"), ("trunk", "echo second")]
+)
 def test_a_version_is_a_tag_or_a_branch(repository, version, command):
     assert fetched_command(f"file://{repository}", version) == command
 

@@ -6,7 +6,7 @@ below on a real compute; they hold for every compute, ours and others'.
 
 1.  ``render`` is pure: same spec, same request, no input or output.
 2.  ``check`` creates nothing. It raises before anything exists if the job could never run: compute out of reach, no
-    right to create, a tracking URI that is useless where the job runs. It returns notices about what it could not check.
+    right to create, a tracking URI that is useless where the job runs. It returns notices on what it could not check.
 3.  ``submit`` returns as soon as the job's existence is durable, and does not wait for it to start. Submitting the same
     bound request twice gives one job and equal handles.
 4.  A submitted job runs to its end, and its run is finalised, with nobody watching.

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ComputeError, ConfigError
@@ -114,7 +115,9 @@ class LocalCompute:
             return status
         if not folder.exists():
             return JobStatus(Phase.DONE, _lost("its folder is gone"), gone=True)
-        return JobStatus(status.phase, _lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid)
+        return JobStatus(
+            status.phase, _lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid
+        )
 
     def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
         reader = SpoolReader(self._folder(handle).spool)

@@ -37,7 +37,7 @@ def values_of(entry_point: EntryPoint, given: Mapping[str, str]) -> tuple[dict[s
 
 
 def render(entry_point: EntryPoint, declared: Mapping[str, str], extra: Mapping[str, str]) -> str:
-    """The command line for ``bash -c``. Raises ProjectError: NUL, a dangerous value in quotes, too long, bad template."""
+    """The command line for ``bash -c``. Raises ProjectError: NUL, a dangerous value in quotes, too long, no template."""
     for key, value in {**declared, **extra}.items():
         if "\0" in key or "\0" in value:
             raise ProjectError(f"Parameter {key!r} has a NUL byte, which no command line can carry.")
@@ -58,8 +58,8 @@ def _within_limit(entry_point: EntryPoint, command: str) -> str:
     size_bytes = len(command.encode(errors="surrogateescape"))
     if size_bytes > MAX_COMMAND_BYTES:
         raise ProjectError(
-            f"The command of entry point {entry_point.name!r} is {size_bytes} bytes long; a program can be given at most "
-            f"{MAX_COMMAND_BYTES}.",
+            f"The command of entry point {entry_point.name!r} is {size_bytes} bytes long; a program can be given "
+            f"at most {MAX_COMMAND_BYTES}.",
             hint="Put long values into a file of the project or an artifact, and pass its path.",
         )
     return command
@@ -76,7 +76,7 @@ def check_quoting(entry_point: EntryPoint, declared: Mapping[str, str]) -> None:
             raise ProjectError(
                 f"Parameter {name!r} of entry point {entry_point.name!r} has a value that its command would execute "
                 f"or break: the command puts the placeholder inside {_name(context)}.",
-                hint=f"Write {{{name}}} without quotes around it in MLproject: values are quoted for the shell already.",
+                hint=f"Write {{{name}}} without quotes in MLproject: values are quoted for the shell already.",
             )
 
 

@@ -38,7 +38,7 @@ def load(text: str | bytes) -> JobSpec:
     if version != VERSION:
         raise JobError(
             f"The job's envelope has version {version!r}; this runner reads version {VERSION}.",
-            hint="Submit with the release of mlflow-remote-backend that the runner image carries, or rebuild the image.",
+            hint="Submit with the release of mlflow-remote-backend that the runner has, or rebuild the runner image.",
         )
     try:
         return _read(JobSpec, document["spec"])

@@ -132,7 +132,7 @@ def _fetch_by_mlflow(uri: str, target: Path) -> None:
     folder.mkdir()
     try:
         os.replace(download_artifacts(artifact_uri=uri, dst_path=str(folder)), target)
-    except Exception as error:  # noqa: BLE001 - each artifact store raises what its own client library raises
+    except Exception as error:  # each artifact store raises what its own client library raises
         raise JobError(
             f"Artifact {uri} cannot be fetched where the job runs.",
             words=f"{type(error).__name__}: {error}",

@@ -160,7 +160,7 @@ def _download(spec: JobSpec, place: Place, parameter: Parameter, uri: str) -> st
 
     try:
         fetched = download_artifacts(artifact_uri=uri, dst_path=str(target))
-    except Exception as error:  # noqa: BLE001 - each artifact store raises what its own client library raises
+    except Exception as error:  # each artifact store raises what its own client library raises
         words = f"{type(error).__name__}: {error}"
         raise JobError(f"Parameter {parameter.name}: {uri} cannot be fetched.", words=words) from error
     return _as_seen(place, place.work, os.path.abspath(fetched))

@@ -148,7 +148,10 @@ def _leave_the_submitter(folder: RunFolder, lock: int) -> None:
 
 def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
     package_parent = str(Path(__file__).resolve().parents[2])
-    environ = {**start.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, start.environ.get("PYTHONPATH")]))}
+    environ = {
+        **start.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, start.environ.get("PYTHONPATH")])),
+    }
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(folder.root), folder.run_id, program],
