@@ -8,6 +8,7 @@ variables stay. The tests never reach for a network, but for those marked ``regi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import yaml
 from tracking_server import TrackingServer, copy_database, initialised_database, running_server
 
 ROOT = Path(__file__).parent.parent
+REQUIRED = frozenset(os.environ.get("MLFLOW_REMOTE_TEST_REQUIRE", "").split())
 
 MakeProject = Callable[..., Path]
 MakeServer = Callable[..., TrackingServer]
@@ -125,6 +127,56 @@ def no_leftovers(home: Home) -> Iterator[None]:
 def _leftovers(home: Home) -> list[str]:
     processes = [f"process {pid}: {command}" for pid, command in home.processes().items()]
     return processes + [f"temporary {path}" for path in home.temporary.iterdir()]
+
+
+# ---------------------------------------------------------------------------------------------- what tests need
+
+
+@functools.cache
+def missing(need: str) -> str:
+    """Why tests marked ``need`` cannot run here; empty where they can. Looked at once."""
+    try:
+        return {"docker": _no_engine, "kubernetes": _no_cluster, "registry": _no_index}[need]()
+    except Exception as error:  # noqa: BLE001  whatever these clients raise is the reason
+        return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+
+
+def _no_engine() -> str:
+    import docker
+
+    client = docker.from_env(timeout=10)
+    try:
+        client.ping()
+    finally:
+        client.close()
+    return ""
+
+
+def _no_cluster() -> str:
+    if not os.environ.get("KUBECONFIG"):
+        return "KUBECONFIG is not set"
+    from kubernetes import client, config
+
+    with config.new_client_from_config() as api:
+        client.VersionApi(api).get_code(_request_timeout=10)
+    return ""
+
+
+def _no_index() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "wheel"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return "" if result.returncode == 0 else f"pip reaches no index: {result.stderr.strip()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test that needs what is not there; fails it where MLFLOW_REMOTE_TEST_REQUIRE says that it must be."""
+    for need in ("docker", "kubernetes", "registry"):
+        if item.get_closest_marker(need) is None or not (reason := missing(need)):
+            continue
+        if need in REQUIRED:
+            pytest.fail(f"{need} is required here: {reason}", pytrace=False)
+        pytest.skip(f"no {need}: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------- tracking
