@@ -1,0 +1,270 @@
+"""The ``kubernetes`` compute: a Job in any cluster that a kubeconfig or a service account reaches.
+
+| what | how |
+|---|---|
+| isolation | one pod per attempt, PodSecurity ``restricted``, no service account token |
+| outlives the submitter | yes: a sidecar uploads and finalises, whoever watches |
+| live log | frames on the sidecar's stdout, through the API; the stored parts where that is not possible |
+| retry | the Job controller's, by rules that name their container |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ...errors import ComputeError
+from ...job import JobSpec, JobStatus, LogChunk, Phase
+from ...runner import envelope
+from ..base import JobHandle, Request, Secrets
+from . import diagnosis, manifest, names, objects, preflight
+from .api import Api, ApiError
+from .manifest import Manifest, SecretNames
+from .names import Address
+from .objects import Observation
+from .watch import VIEWS
+
+STATUS_PATIENCE_S = 2.0
+SUBMIT_PATIENCE_S = 60.0
+EVENTS_EVERY_S = 3.0
+CANCEL_MARGIN_S = 30.0  # beyond the grace period, until cancel returns all the same
+FOLLOWED_WITHIN_S = 10.0  # a second look within this time begins a watch
+
+
+class KubernetesCompute:
+    """See compute/base.py for the contract of each verb."""
+
+    name = "kubernetes"
+
+    def __init__(self, *, context: str = "", kubeconfig: str = "", namespace: str = "", server: str = "") -> None:
+        self._context = context
+        self._kubeconfig = kubeconfig
+        self._namespace = namespace
+        self._server = server
+        self._lock = threading.Lock()
+        self._api: Api | None = None
+        self._looked: dict[str, float] = {}  # handle -> when its status was read last, monotonic
+        self._events: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # Job uid -> when read, its events
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> KubernetesCompute:
+        wanted = {key: str(options.get(key) or "") for key in ("context", "kubeconfig", "namespace")}
+        return cls(**wanted)
+
+    @classmethod
+    def from_handle(cls, handle: JobHandle) -> KubernetesCompute:
+        address = Address.parse(handle.url)
+        return cls(context=address.context, namespace=address.namespace, server=address.server)
+
+    # ------------------------------------------------------------------------------------------ before it exists
+
+    def render(self, spec: JobSpec) -> Request:
+        built = manifest.build(spec, SecretNames(program=spec.secret_names), envelope.dump(spec))
+        return Request(spec, {"job": built.job, "release": built.release})
+
+    def check(self, request: Request, secrets: Secrets) -> Sequence[str]:
+        api = self._connected()
+        built = self._built(request.spec, secrets)
+        return (*built.warnings, *preflight.check(api, self._namespace_of(api), request.spec, built, secrets))
+
+    def handle_url(self, spec: JobSpec) -> str:
+        api = self._connected()
+        job = names.job_name(spec.run.run_id)
+        return Address(self._namespace_of(api), job, api.login.context, api.login.server).url
+
+    # ------------------------------------------------------------------------------------------------- creation
+
+    def submit(self, request: Request, secrets: Secrets) -> JobHandle:
+        """Suspended Job, the Secret it owns, release. Each step is found done where its reply was lost."""
+        api = self._connected()
+        built = self._built(request.spec, secrets)
+        job = self._create_job(api, built)
+        wire = envelope.dump(request.spec)
+        secret = manifest.secret(built, objects.uid(job), wire, secrets.program, secrets.runner)
+        _create(api, f"/api/v1/namespaces/{self._namespace_of(api)}/secrets", secret, lambda: secret)
+        if (job.get("spec") or {}).get("suspend") and not self._released(job, built):
+            path = f"{self._jobs_path(api)}/{built.name}"
+            api.patch(path, built.release, patience_s=SUBMIT_PATIENCE_S)
+        return JobHandle(self.handle_url(request.spec), objects.uid(job))
+
+    def _built(self, spec: JobSpec, secrets: Secrets) -> Manifest:
+        program = tuple(sorted({*spec.secret_names, *secrets.program}))
+        return manifest.build(spec, SecretNames(program, tuple(sorted(secrets.runner))), envelope.dump(spec))
+
+    def _released(self, job: Mapping[str, Any], built: Manifest) -> bool:
+        return bool(objects.label(job, names.QUEUE)) and names.QUEUE in str(built.release)
+
+    def _create_job(self, api: Api, built: Manifest) -> dict[str, Any]:
+        path = self._jobs_path(api)
+
+        def adopt() -> dict[str, Any]:
+            found = api.get(f"{path}/{built.name}", patience_s=SUBMIT_PATIENCE_S).body
+            _check_same_submission(found, built.job)
+            return found
+
+        return _create(api, path, built.job, adopt)
+
+    # ---------------------------------------------------------------------------------------------------- status
+
+    def status(self, handle: JobHandle) -> JobStatus:
+        api = self._connected()
+        address = Address.parse(handle.url)
+        seen = self._observe(api, address, handle)
+        status = diagnosis.assess(seen)
+        if status.gone:  # proof is what the API says now, not what a watch said a moment ago
+            seen = self._read(api, address, handle.uid)
+            status = diagnosis.assess(seen)
+        if _needs_events(status, seen):
+            seen = dataclasses.replace(seen, events=self._events_of(api, address, seen))
+            status = diagnosis.assess(seen)
+        return status
+
+    def _observe(self, api: Api, address: Address, handle: JobHandle) -> Observation:
+        """From memory where somebody follows the job, else by two reads. Raises ApiError."""
+        now = time.monotonic()
+        followed = now - self._looked.get(handle.url, -FOLLOWED_WITHIN_S) < FOLLOWED_WITHIN_S
+        self._looked[handle.url] = now
+        if followed:
+            looked = VIEWS.view(api, address.namespace, address.job).look(address.job)
+            if looked is not None:
+                job, pods, server_time = looked
+                return Observation(job, pods, now=server_time, uid=handle.uid)
+        return self._read(api, address, handle.uid)
+
+    def _read(self, api: Api, address: Address, uid: str) -> Observation:
+        pods, page = api.items(
+            f"/api/v1/namespaces/{address.namespace}/pods",
+            patience_s=STATUS_PATIENCE_S,
+            labelSelector=f"{names.JOB_NAME}={address.job}",
+        )
+        job: dict[str, Any] | None = None
+        try:
+            path = f"/apis/batch/v1/namespaces/{address.namespace}/jobs/{address.job}"
+            job = api.get(path, patience_s=STATUS_PATIENCE_S).body
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        return Observation(job, pods, now=page.server_time or time.time(), uid=uid)
+
+    def _events_of(self, api: Api, address: Address, seen: Observation) -> list[dict[str, Any]]:
+        """Events of the Job and its pods, read every few seconds; none where they may not be read."""
+        key = seen.uid or address.url
+        read_at, held = self._events.get(key, (-EVENTS_EVERY_S, []))
+        if time.monotonic() - read_at < EVENTS_EVERY_S:
+            return held
+        found: list[dict[str, Any]] = []
+        things = [each for each in (seen.job, *seen.pods) if each is not None]
+        for thing in things[:4]:
+            with contextlib.suppress(ApiError):
+                found += api.items(
+                    f"/api/v1/namespaces/{address.namespace}/events",
+                    patience_s=0.0,
+                    fieldSelector=f"involvedObject.uid={objects.uid(thing)}",
+                )[0]
+        self._events[key] = (time.monotonic(), found)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ logs
+
+    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
+        yield from ()
+
+    # -------------------------------------------------------------------------------------------- ending, removing
+
+    def cancel(self, handle: JobHandle, *, grace_period_s: float = 30.0) -> None:
+        api = self._connected()
+        address = Address.parse(handle.url)
+        self._delete(api, address, handle.uid, "Foreground")
+        deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
+        while left := self._living_pods(api, address, handle.uid):
+            if time.monotonic() > deadline:
+                pod = left[0]
+                node = (pod.get("spec") or {}).get("nodeName") or "no node"
+                raise ComputeError(f"Pod {objects.name(pod)} is still terminating on {node}.", transient=True)
+            time.sleep(0.2)
+
+    def collect(self, handle: JobHandle) -> None:
+        self._delete(self._connected(), Address.parse(handle.url), handle.uid, "Background")
+
+    def recover(self, handle: JobHandle) -> bool:
+        return False  # the spool died with its pod
+
+    def _delete(self, api: Api, address: Address, uid: str, propagation: str) -> None:
+        """Delete the very Job; one that is gone, or a namesake, is left alone."""
+        options: dict[str, Any] = {"propagationPolicy": propagation}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        try:
+            api.delete(f"/apis/batch/v1/namespaces/{address.namespace}/jobs/{address.job}", options)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    def _living_pods(self, api: Api, address: Address, uid: str) -> list[dict[str, Any]]:
+        pods, _ = api.items(
+            f"/api/v1/namespaces/{address.namespace}/pods", labelSelector=f"{names.JOB_NAME}={address.job}"
+        )
+        own = [pod for pod in pods if not uid or objects.label(pod, names.JOB_UID) == uid]
+        return [pod for pod in own if not objects.ended(pod)]
+
+    # ------------------------------------------------------------------------------------------------- connection
+
+    def _connected(self) -> Api:
+        with self._lock:
+            if self._api is None:
+                self._api = Api.shared(kubeconfig=self._kubeconfig, context=self._context, server=self._server)
+            return self._api
+
+    def _namespace_of(self, api: Api) -> str:
+        return self._namespace or api.login.namespace
+
+    def _jobs_path(self, api: Api) -> str:
+        return f"/apis/batch/v1/namespaces/{self._namespace_of(api)}/jobs"
+
+
+def _needs_events(status: JobStatus, seen: Observation) -> bool:
+    """Only what does not move needs them: they cost a request, and say nothing of a program that runs."""
+    if status.phase in (Phase.QUEUED, Phase.STARTING) and seen.job is not None:
+        return not (seen.job.get("spec") or {}).get("suspend")
+    pod = seen.pods[0] if seen.pods else None
+    unready = pod is not None and (objects.condition(pod, "Ready") or {}).get("status") == "False"
+    return status.phase is Phase.RUNNING and unready
+
+
+def _create(api: Api, path: str, body: dict[str, Any], existing: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """POST until it is done, by this call or by an earlier one whose reply was lost.
+
+    ``existing``: what to return where the name is taken; raises where it is taken by somebody else.
+    """
+    deadline = time.monotonic() + SUBMIT_PATIENCE_S
+    pause_s = 0.1
+    while True:
+        try:
+            return api.create(path, body).body
+        except ApiError as error:
+            if error.reason == "AlreadyExists":
+                return existing()
+            if not error.transient or time.monotonic() > deadline:
+                raise
+            time.sleep(max(pause_s * random.uniform(0.5, 1.0), error.retry_after_s or 0.0))
+        pause_s = min(pause_s * 2, 5.0)
+
+
+def _check_same_submission(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """A Job of that name is ours only if it says so: same manager, same submission, same envelope."""
+    same = all(
+        objects.annotation(found, key) == objects.annotation(wanted, key)
+        for key in (names.SUBMISSION_ID, names.ENVELOPE)
+    )
+    if objects.label(found, names.MANAGED_BY) != names.MANAGER or not same:
+        raise ComputeError(
+            f"Job {objects.name(found)} exists already and belongs to another submission.",
+            hint="It is left as it is. Submit with another run.",
+        )
+    if objects.deleted_at(found):
+        raise ComputeError(f"Job {objects.name(found)} is being deleted.", hint="Submit again.", transient=True)

@@ -1,0 +1,479 @@
+"""A job spec -> the Kubernetes objects that run it, as plain dicts. Pure.
+
+One Job with one pod of three containers, in the order in which Kubernetes starts them:
+
+    observe   native sidecar, first init container: uploads log and outputs, writes the final status
+    prepare   second init container: snapshot, environment, command
+    main      the program, started by ``execute`` in the project's image or in the runner image
+
+and one Secret that the Job owns: the envelope and the values of secret variables. The manifest itself holds no secret
+value and no parameter, only digests. They share one volume, ROOT, that lives as long as the pod.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ConfigError
+from ...job import JobSpec, Limits, Resources, Retry
+from ...version import __version__
+from . import names
+
+MAIN, PREPARE, OBSERVE = "main", "prepare", "observe"
+
+ROOT = "/mlflow-remote"
+SPOOL, WORK, TOOLS, HOME = f"{ROOT}/spool", f"{ROOT}/work", f"{ROOT}/tools", f"{ROOT}/home"
+CACHE = "/mlflow-remote-cache"
+JOB_FILES = "/mlflow-remote-job"
+ENVELOPE_FILE = "envelope.json"
+
+DEFAULT_USER = 1000
+TTL_S = 86_400  # how long a finished Job stays, for people who look with kubectl
+PREPARE_MEMORY_BYTES = 1 << 30  # unpacking and linking an environment must not fail for a program that needs little
+OBSERVE_RESOURCES = {
+    "requests": {"cpu": "10m", "memory": "64Mi"},
+    "limits": {"cpu": "1", "memory": "256Mi"},
+}
+#: What observe exits with where the failed attempt shall be followed by another one: the Job's rules look for it.
+RETRY_EXIT_CODE = 75
+#: Slack between the fences for time: each next one only matters where the one before it failed.
+POD_SLACK_S = 60
+JOB_SLACK_S = 300
+
+#: Starts execute with whatever Python the image has, else with a shell. The image needs nothing of ours.
+START_SCRIPT = (
+    f"for python in python3 python; do"
+    f' if command -v "$python" >/dev/null 2>&1; then exec "$python" -I -S {TOOLS}/execute.py --tee {SPOOL}; fi;'
+    f" done; exec sh {TOOLS}/execute.sh --tee {SPOOL}"
+)
+
+
+@dataclass(frozen=True)
+class SecretNames:
+    """Names of the variables that travel as secrets: the program's, and those of our runner only."""
+
+    program: tuple[str, ...] = ()
+    runner: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is created for a job. ``release``: the merge patch that lets the suspended Job start."""
+
+    job: dict[str, Any]
+    release: dict[str, Any]
+    secret_name: str
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return str(self.job["metadata"]["name"])
+
+
+def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
+    """The objects for this spec. ``envelope``: its wire form, of which the manifest holds the digest.
+
+    Raises ConfigError where the options make no pod.
+    """
+    options = spec.options
+    identity = spec.run.run_id if spec.run.opened else f"plan-{spec.submission_id}"
+    labels = {**spec.labels, names.MANAGED_BY: names.MANAGER, names.RUN_ID: names.label_value(spec.run.run_id)}
+    secret_name = names.secret_name(identity, spec.submission_id)
+    pod = _pod(spec, secret_names, secret_name)
+    queue = options.get("queue")
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": names.job_name(identity),
+            "labels": labels,
+            "annotations": {**spec.annotations, **_annotations(spec, envelope)},
+        },
+        "spec": {
+            "suspend": True,
+            **_completion(spec.retry),
+            **_fence("activeDeadlineSeconds", job_deadline_s(spec.limits, spec.retry)),
+            "ttlSecondsAfterFinished": int(options.get("ttl_s") or TTL_S),
+            "template": {
+                "metadata": {
+                    "labels": labels,
+                    "annotations": {
+                        **spec.annotations,
+                        "kubectl.kubernetes.io/default-container": MAIN,
+                        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                    },
+                },
+                "spec": pod,
+            },
+        },
+    }
+    release = {"metadata": {"labels": {names.QUEUE: queue}}} if queue else {"spec": {"suspend": False}}
+    return Manifest(job, release, secret_name)
+
+
+def secret(
+    manifest: Manifest, owner_uid: str, envelope: str, program: Mapping[str, str], runner: Mapping[str, str]
+) -> dict[str, Any]:
+    """The Secret owned by the Job with this uid. It dies with its owner; nobody can change it."""
+    values = {ENVELOPE_FILE: envelope}
+    values |= {f"program.{name}": value for name, value in program.items()}
+    values |= {f"runner.{name}": value for name, value in runner.items()}
+    metadata = manifest.job["metadata"]
+    owner = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "name": manifest.name,
+        "uid": owner_uid,
+        "controller": False,
+        "blockOwnerDeletion": False,  # true needs rights over finalizers, which OpenShift enforces
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {
+            "name": manifest.secret_name,
+            "labels": {key: metadata["labels"][key] for key in (names.MANAGED_BY, names.RUN_ID)},
+            "ownerReferences": [owner],
+        },
+        "immutable": True,
+        "type": "Opaque",
+        "stringData": values,
+    }
+
+
+def envelope_digest(envelope: str) -> str:
+    return "sha256:" + hashlib.sha256(envelope.encode()).hexdigest()
+
+
+def _annotations(spec: JobSpec, envelope: str) -> dict[str, str]:
+    limits = spec.limits
+    patience = {
+        "start_timeout_s": limits.start_timeout_s,
+        "image_pull_timeout_s": limits.image_pull_timeout_s,
+        "node_lost_timeout_s": limits.node_lost_timeout_s,
+        "grace_period_s": limits.grace_period_s,
+    }
+    return {
+        names.RUN_ID: spec.run.run_id,
+        names.SUBMISSION_ID: spec.submission_id,
+        names.SNAPSHOT: spec.snapshot.digest,
+        names.ENVELOPE: envelope_digest(envelope),
+        names.ATTEMPTS: str(spec.retry.max_attempts),
+        names.LIMITS: json.dumps(patience, sort_keys=True),
+        names.VERSION: __version__,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ time and attempts
+
+
+def pod_deadline_s(limits: Limits) -> int | None:
+    """The second fence, of the kubelet: it ends the pod and keeps it with its log. None: no limit."""
+    if limits.timeout_s is None:
+        return None
+    parts = (limits.start_timeout_s, limits.timeout_s, limits.grace_period_s, limits.finalize_timeout_s)
+    return math.ceil(sum(parts)) + POD_SLACK_S
+
+
+def job_deadline_s(limits: Limits, retry: Retry) -> int | None:
+    """The last fence, of the Job controller, which deletes the pod: for when no kubelet is left to keep the second."""
+    pod_s = pod_deadline_s(limits)
+    if pod_s is None:
+        return None
+    return retry.max_attempts * pod_s + math.ceil(limits.start_timeout_s) + JOB_SLACK_S
+
+
+def _fence(key: str, seconds: int | None) -> dict[str, int]:
+    return {} if seconds is None else {key: seconds}
+
+
+def _completion(retry: Retry) -> dict[str, Any]:
+    """One pod at a time, one completion; another attempt only where a rule says so.
+
+    Indexed, because only ``backoffLimitPerIndex`` knows FailIndex and tells each pod its attempt. ``Ignore`` is never
+    used: it makes pods without end. Rules name their container: the sidecar's exit code would match others.
+    """
+    return {
+        "completionMode": "Indexed",
+        "completions": 1,
+        "parallelism": 1,
+        "backoffLimitPerIndex": retry.max_attempts - 1,
+        "maxFailedIndexes": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": _rules(retry)},
+    }
+
+
+def _rules(retry: Retry) -> list[dict[str, Any]]:
+    disruption = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    rules: list[dict[str, Any]] = []
+    if retry.max_attempts > 1:
+        again = {"containerName": OBSERVE, "operator": "In", "values": [RETRY_EXIT_CODE]}
+        rules.append({"action": "Count", "onExitCodes": again})
+        rules.append({"action": "Count" if "disruption" in retry.on else "FailIndex", **disruption})
+    for container in (MAIN, PREPARE):
+        failed = {"containerName": container, "operator": "NotIn", "values": [0]}
+        rules.append({"action": "FailIndex", "onExitCodes": failed})
+    return rules
+
+
+# ----------------------------------------------------------------------------------------------------------- the pod
+
+
+def _pod(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str, Any]:
+    options = spec.options
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": math.ceil(spec.limits.grace_period_s + spec.limits.finalize_timeout_s),
+        **_fence("activeDeadlineSeconds", pod_deadline_s(spec.limits)),
+        "automountServiceAccountToken": bool(options.get("api_access")),
+        "enableServiceLinks": False,
+        "securityContext": _pod_security(options),
+        "initContainers": [_observe(spec, secret_names, secret_name), _prepare(spec, secret_names, secret_name)],
+        "containers": [_main(spec, secret_names, secret_name)],
+        "volumes": _volumes(spec, secret_name),
+    }
+    return pod | _scheduling(options)
+
+
+def _scheduling(options: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = {
+        "serviceAccountName": options.get("service_account"),
+        "imagePullSecrets": [{"name": name} for name in options.get("image_pull_secrets") or ()],
+        "nodeSelector": dict(options.get("node_selector") or {}),
+        "tolerations": list(options.get("tolerations") or ()),
+        "affinity": options.get("affinity"),
+        "priorityClassName": options.get("priority_class"),
+    }
+    return {key: value for key, value in wanted.items() if value}
+
+
+def _observe(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str, Any]:
+    return {
+        "name": OBSERVE,
+        "restartPolicy": "Always",
+        **_runner_image(spec.options),
+        "command": ["python", "-m", "mlflow_remote_backend.runner.observe"],
+        "args": ["--envelope", f"{JOB_FILES}/{ENVELOPE_FILE}", "--spool", SPOOL, "--work", WORK],
+        "env": _runner_env(secret_names, secret_name),
+        "resources": OBSERVE_RESOURCES,
+        "securityContext": _container_security(spec.options, read_only_root=True),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "job", "mountPath": ROOT},
+            {"name": "runner-tmp", "mountPath": "/tmp"},
+            {"name": "files", "mountPath": JOB_FILES, "readOnly": True},
+        ],
+    }
+
+
+def _prepare(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str, Any]:
+    mounts = [
+        {"name": "job", "mountPath": ROOT},
+        {"name": "runner-tmp", "mountPath": "/tmp"},
+        {"name": "files", "mountPath": JOB_FILES, "readOnly": True},
+    ]
+    return {
+        "name": PREPARE,
+        **_runner_image(spec.options),
+        "command": ["python", "-m", "mlflow_remote_backend.runner.prepare"],
+        "args": [
+            *("--envelope", f"{JOB_FILES}/{ENVELOPE_FILE}", "--spool", SPOOL),
+            *("--work", WORK, "--cache", CACHE, "--tools", TOOLS),
+        ],
+        "env": _runner_env(secret_names, secret_name),
+        "resources": _prepare_resources(spec.resources),
+        "securityContext": _container_security(spec.options, read_only_root=True),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts + _cache_mount(spec, read_only=False),
+    }
+
+
+def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str, Any]:
+    options = spec.options
+    mounts = [{"name": "job", "mountPath": ROOT}, {"name": "tmp", "mountPath": "/tmp"}]
+    if spec.resources.shm_size_bytes is not None:
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    container: dict[str, Any] = {
+        "name": MAIN,
+        "image": main_image(spec),
+        **_pull_policy(options),
+        "command": ["/bin/sh", "-c", START_SCRIPT],
+        "workingDir": ROOT,
+        "env": _home_env() + _secret_env("program", secret_names.program, secret_name) + _reference_env(spec),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts + _cache_mount(spec, read_only=True),
+    }
+    extra = {"securityContext": _main_security(options), "resources": _resources(spec.resources)}
+    return container | {key: value for key, value in extra.items() if value}
+
+
+def main_image(spec: JobSpec) -> str:
+    """The program's image: configured, else the project's docker_env, else the runner's."""
+    declared = (spec.docker_env or {}).get("image") if spec.environment.manager == "docker" else None
+    return str(spec.options.get("image") or declared or _runner_image(spec.options)["image"])
+
+
+def _runner_image(options: Mapping[str, Any]) -> dict[str, Any]:
+    image = options.get("runner_image")
+    if not image:
+        raise ConfigError(
+            "compute kubernetes needs 'kubernetes.runner_image': the image that holds our runner.",
+            key="kubernetes.runner_image",
+            hint="Make it once with: mlflow-remote image build --push REPOSITORY",
+        )
+    return {"image": image, **_pull_policy(options)}
+
+
+def _pull_policy(options: Mapping[str, Any]) -> dict[str, str]:
+    policy = options.get("image_pull_policy")
+    return {"imagePullPolicy": policy} if policy else {}
+
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+
+def _home_env() -> list[dict[str, Any]]:
+    """Under an arbitrary uid there is no home, and ``getpass.getuser()`` raises, which MLflow does not catch."""
+    variables = {
+        "HOME": HOME,
+        "USER": "mlflow",
+        "LOGNAME": "mlflow",
+        "XDG_CACHE_HOME": f"{HOME}/.cache",
+        "MPLCONFIGDIR": f"{HOME}/.config/matplotlib",
+        "TMPDIR": "/tmp",
+    }
+    return [{"name": name, "value": value} for name, value in variables.items()]
+
+
+def _runner_env(secret_names: SecretNames, secret_name: str) -> list[dict[str, Any]]:
+    fields = {
+        "MLFLOW_REMOTE_ATTEMPT": f"metadata.annotations['{names.ATTEMPT}']",
+        "MLFLOW_REMOTE_POD_NAME": "metadata.name",
+        "MLFLOW_REMOTE_POD_UID": "metadata.uid",
+        "MLFLOW_REMOTE_NODE": "spec.nodeName",
+    }
+    downward = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    client = [{"name": "MLFLOW_REMOTE_CLIENT_VERSION", "value": __version__}]
+    return _home_env() + downward + client + _secret_env("runner", secret_names.runner, secret_name)
+
+
+def _secret_env(group: str, variables: tuple[str, ...], secret_name: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": secret_name, "key": f"{group}.{name}"}}}
+        for name in sorted(variables)
+    ]
+
+
+def _reference_env(spec: JobSpec) -> list[dict[str, Any]]:
+    """Variables from secrets that exist in the namespace already."""
+    references = sorted(spec.secret_refs.items())
+    return [{"name": name, "valueFrom": {"secretKeyRef": _reference(each)}} for name, each in references]
+
+
+def _reference(each: Any) -> dict[str, str]:
+    """``name`` and ``key``: a mapping where the spec came by the wire, a value of ours where it did not."""
+    found = each if isinstance(each, Mapping) else dataclasses.asdict(each)
+    return {"name": found["name"], "key": found["key"]}
+
+
+# --------------------------------------------------------------------------------------------------------- resources
+
+
+def _resources(wanted: Resources) -> dict[str, Any]:
+    """Requests equal limits: what a job was promised it has, and an out-of-memory kill hits the one who overdid it."""
+    amounts: dict[str, str] = {}
+    if wanted.cpu is not None:
+        amounts["cpu"] = f"{math.ceil(wanted.cpu * 1000)}m"
+    if wanted.memory_bytes is not None:
+        amounts["memory"] = str(wanted.memory_bytes)
+    if wanted.ephemeral_storage_bytes is not None:
+        amounts["ephemeral-storage"] = str(wanted.ephemeral_storage_bytes)
+    if wanted.gpu:
+        amounts[wanted.gpu_resource] = str(wanted.gpu)
+    return {"requests": dict(amounts), "limits": dict(amounts)} if amounts else {}
+
+
+def _prepare_resources(program: Resources) -> dict[str, Any]:
+    """As the program, whose place it takes before it, but never short of memory for making an environment."""
+    memory = program.memory_bytes
+    plain = Resources(cpu=program.cpu, memory_bytes=memory, ephemeral_storage_bytes=program.ephemeral_storage_bytes)
+    resources = _resources(plain)
+    if memory is not None:
+        resources["limits"]["memory"] = str(max(memory, PREPARE_MEMORY_BYTES))
+    return resources
+
+
+def _volumes(spec: JobSpec, secret_name: str) -> list[dict[str, Any]]:
+    files = {"secretName": secret_name, "items": [{"key": ENVELOPE_FILE, "path": ENVELOPE_FILE}]}
+    volumes: list[dict[str, Any]] = [
+        {"name": "job", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "runner-tmp", "emptyDir": {}},
+        {"name": "files", "secret": files},
+    ]
+    if spec.environment.lock_key:
+        volumes.append({"name": "cache", **_cache_source(spec.options.get("env_cache") or {})})
+    if spec.resources.shm_size_bytes is not None:
+        shm = {"medium": "Memory", "sizeLimit": str(spec.resources.shm_size_bytes)}
+        volumes.append({"name": "shm", "emptyDir": shm})
+    return volumes
+
+
+def _cache_source(cache: Mapping[str, Any]) -> dict[str, Any]:
+    if cache.get("pvc"):
+        return {"persistentVolumeClaim": {"claimName": cache["pvc"]}}
+    if cache.get("host_path"):
+        return {"hostPath": {"path": cache["host_path"], "type": "Directory"}}
+    return {"emptyDir": {}}
+
+
+def _cache_mount(spec: JobSpec, *, read_only: bool) -> list[dict[str, Any]]:
+    if not spec.environment.lock_key:
+        return []
+    return [{"name": "cache", "mountPath": CACHE, **({"readOnly": True} if read_only else {})}]
+
+
+# ---------------------------------------------------------------------------------------------------------- security
+
+
+def _pod_security(options: Mapping[str, Any]) -> dict[str, Any]:
+    user = _user(options)
+    context: dict[str, Any] = {"seccompProfile": {"type": "RuntimeDefault"}}
+    if options.get("security") != "image":
+        context |= {"runAsNonRoot": True, "runAsUser": user, "runAsGroup": user}
+    # The group makes volumes writable for a plain user, and what one container writes readable for the others.
+    return context | {"fsGroup": user, "fsGroupChangePolicy": "OnRootMismatch"}
+
+
+def _user(options: Mapping[str, Any]) -> int:
+    user = options.get("run_as_user")
+    return DEFAULT_USER if user is None else int(user)
+
+
+def _container_security(options: Mapping[str, Any], *, read_only_root: bool) -> dict[str, Any]:
+    context: dict[str, Any] = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": read_only_root,
+    }
+    if options.get("security") == "image":  # the pod says nothing then, and our own containers stay restricted
+        context |= {"runAsNonRoot": True, "runAsUser": DEFAULT_USER}
+    return context
+
+
+def _main_security(options: Mapping[str, Any]) -> dict[str, Any]:
+    read_only_root = bool(options.get("read_only_root"))
+    if options.get("security") == "image":
+        return {"readOnlyRootFilesystem": True} if read_only_root else {}
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": read_only_root,
+    }
