@@ -14,33 +14,27 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import ComputeError, ConfigError
-from ..job import Diagnosis, JobSpec, JobStatus, LogChunk, Phase, Reason
+from ..errors import ComputeError
+from ..job import JobSpec
 from ..runner import run_folder
 from ..runner.prepare import Place
 from ..runner.run_folder import RunFolder
-from ..runner.spool import Spool, SpoolReader
-from ..runner.supervise import Running, Start, start_detached
+from ..runner.spool import Spool
+from ..runner.supervise import Running, Start
 from .base import JobHandle, Request, Secrets
-
-PROGRAM = f"{__name__}:LocalProgram"
-CANCEL_MARGIN_S = 30.0  # what finalising may take beyond the grace period before cancel returns all the same
-READ_BYTES = 1 << 20
+from .supervised import SupervisedCompute
 
 
-class LocalCompute:
+class LocalCompute(SupervisedCompute):
     """See compute/base.py for the contract of each verb."""
 
     name = "local"
-
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root or run_folder.state_root()
+    program = f"{__name__}:LocalProgram"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> LocalCompute:
@@ -63,19 +57,7 @@ class LocalCompute:
         )
 
     def check(self, request: Request, secrets: Secrets) -> Sequence[str]:
-        if os.name != "posix":
-            raise ComputeError("compute: local needs Linux or macOS.", hint="Use compute: docker or kubernetes here.")
-        if request.spec.retry.max_attempts > 1:
-            raise ConfigError("retry is not possible with compute: local.", key="retry", hint="Leave retry out.")
-        try:
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            run_folder.machine_id(self.root)
-        except OSError as error:
-            raise ComputeError(
-                f"The state folder {self.root} cannot be written.",
-                words=str(error),
-                hint="Set XDG_STATE_HOME to a folder of yours.",
-            ) from error
+        self.check_machine(request.spec)
         if not shutil.which("bash"):
             raise ComputeError("compute: local needs bash, which is not on PATH.")
         return []
@@ -84,73 +66,10 @@ class LocalCompute:
         return f"local://{run_folder.machine_id(self.root)}/{spec.run.run_id}"
 
     def submit(self, request: Request, secrets: Secrets) -> JobHandle:
-        spec = request.spec
-        folder = RunFolder(spec.run.run_id, self.root)
-        handle = JobHandle(self.handle_url(spec), spec.submission_id)
-        if folder.envelope.exists():
-            return handle  # the same submission again: one job
-        folder.create(spec)
-        lock = folder.try_lock()
-        if lock is None:
-            return handle
-        if request.archive is not None:
-            shutil.copyfile(request.archive, folder.archive)
-        start = Start(dict(os.environ), secrets.program, os.getcwd())
-        start_detached(folder, lock, PROGRAM, start)
-        return handle
+        self.start(request, Start(dict(os.environ), secrets.program, os.getcwd()))
+        return JobHandle(self.handle_url(request.spec), request.spec.submission_id)
 
-    def status(self, handle: JobHandle) -> JobStatus:
-        folder = self._folder(handle)
-        if not folder.exists():
-            return JobStatus(Phase.DONE, _lost("its folder is gone"), gone=True)
-        said = folder.said()
-        ended = Spool(folder.spool).exit()
-        status = JobStatus(
-            Phase(said.get("phase") or Phase.STARTING),
-            exit_code=ended.exit_code if ended else None,
-            job_uid=str(said.get("pid", "")),
-            detail=str(said.get("detail", "")),
-        )
-        if folder.supervised():
-            return status
-        if not folder.exists():
-            return JobStatus(Phase.DONE, _lost("its folder is gone"), gone=True)
-        return JobStatus(
-            status.phase, _lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid
-        )
-
-    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
-        reader = SpoolReader(self._folder(handle).spool)
-        while data := reader.read(offset, READ_BYTES):
-            yield LogChunk(offset, data, attempt)
-            offset += len(data)
-
-    def cancel(self, handle: JobHandle, *, grace_period_s: float = 30.0) -> None:
-        folder = self._folder(handle)
-        if not folder.exists():
-            return
-        run_folder.replace_text(folder.cancel, str(grace_period_s))
-        if not folder.supervised():
-            self.recover(handle)
-        deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
-        while folder.supervised() and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def collect(self, handle: JobHandle) -> None:
-        folder = self._folder(handle)
-        if not folder.supervised():
-            folder.remove()
-
-    def recover(self, handle: JobHandle) -> bool:
-        folder = self._folder(handle)
-        if not folder.envelope.exists():
-            return False
-        lock = folder.try_lock()
-        if lock is not None:
-            start_detached(folder, lock, PROGRAM, Start(dict(os.environ)))
-        return True
-
-    def _folder(self, handle: JobHandle) -> RunFolder:
+    def run_folder(self, handle: JobHandle) -> RunFolder:
         parts = urlsplit(handle.url)
         machine = handle.url.split("://", 1)[1].partition("/")[0]
         if machine != run_folder.machine_id(self.root):
@@ -160,14 +79,6 @@ class LocalCompute:
                 transient=True,
             )
         return RunFolder(parts.path.lstrip("/"), self.root)
-
-
-def _lost(why: str) -> Diagnosis:
-    return Diagnosis(
-        Reason.KILLED_BY_SYSTEM,
-        f"The job ended without a final status: {why}.",
-        hint="The machine may have been restarted, or somebody killed the supervisor.",
-    )
 
 
 class LocalProgram:
