@@ -25,6 +25,7 @@ import yaml
 from tracking_server import TrackingServer, copy_database, initialised_database, running_server
 
 ROOT = Path(__file__).parent.parent
+TEST_IMAGES = frozenset({"local/shell:1", "local/debian-python:12", "local/python:3.11"})
 REQUIRED = frozenset(os.environ.get("MLFLOW_REMOTE_TEST_REQUIRE", "").split())
 
 MakeProject = Callable[..., Path]
@@ -147,9 +148,11 @@ def _no_engine() -> str:
     client = docker.from_env(timeout=10)
     try:
         client.ping()
+        names = {tag for image in client.images.list() for tag in image.tags}
     finally:
         client.close()
-    return ""
+    absent = ", ".join(sorted(TEST_IMAGES - names))
+    return f"images are missing ({absent}): .ci/images makes them" if absent else ""
 
 
 def _no_cluster() -> str:
