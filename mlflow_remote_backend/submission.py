@@ -22,7 +22,6 @@ import yaml
 
 from . import compute as computes
 from . import config as configuration
-from . import environment as locks
 from . import project, snapshot
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
 from .config import BackendConfig, CliContext
@@ -31,7 +30,7 @@ from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, Snap
 from .project import Project
 from .runner import command
 from .runner.run_folder import machine_id
-from .tracking import PREFIX, RunView, Tracking, local_stores, owner_name, snapshot_name, submitter_alive
+from .tracking import PREFIX, RunView, Tracking, local_stores, owner_name, submitter_alive
 
 #: Variables of the caller by which a program reaches MLflow and its artifact store. They travel as secrets.
 FORWARDED = (
@@ -147,13 +146,35 @@ def _pack_and_lock(
 
     def lock() -> EnvironmentRef:
         with timed(seconds, "environment"):
-            return locks.lock_for(found, config, say)
+            return _locked(found, config, say)
 
     if config.env_manager == "local":
         return pack(), lock()
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="submission") as pool:
         packing, locking = pool.submit(pack), pool.submit(lock)
         return packing.result(), locking.result()
+
+
+def _locked(found: Project, config: BackendConfig, say: Say) -> EnvironmentRef:
+    """What the project declares, locked for the platform where the job runs; nothing to do for ``local``."""
+    if config.env_manager == "local" or (config.env_manager is None and found.env_type == "docker"):
+        return EnvironmentRef("docker" if found.env_type == "docker" else "local")
+    from .environment import locking, spec
+
+    declared = spec.load(found.dir, found.env_type, found.env_config_path, config.env_manager, config.environment)
+    for warning in declared.warnings:
+        say(warning)
+    return locking.lock(declared, _platform(config))
+
+
+def _platform(config: BackendConfig) -> str:
+    """Where the job runs, as conda names platforms: this machine's; elsewhere linux-64 unless said otherwise."""
+    from .environment import platforms
+
+    if config.compute == "local":
+        return platforms.host_platform()
+    wanted = {"docker": config.docker.platform, "kubernetes": config.kubernetes.platform}.get(config.compute)
+    return platforms.linux_platform((wanted or "linux/amd64").rpartition("/")[2])
 
 
 @contextlib.contextmanager
@@ -315,17 +336,17 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
 def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
     """The snapshot with its archive in the artifact store: uploaded, unless the experiment holds it already."""
     packed, spec = planned.packed, planned.request.spec
-    tracking.store_text(run.run_id, packed.listing_text(), "snapshot/files.txt")
+    tracking.store_text(run.run_id, packed.listing.to_text(), "snapshot/files.txt")
     if spec.environment.lock:
         tracking.store_text(run.run_id, spec.environment.lock, f"environment/{lock_name(spec.environment)}")
     if planned.project.git.diff:
         diff = planned.project.git.diff.decode(errors="replace")
         tracking.store_text(run.run_id, diff, "remote/uncommitted.diff")
     tracking.log_metrics(run.run_id, {f"remote/seconds_{key}": value for key, value in planned.seconds.items()})
-    held = tracking.stored_snapshot(run.experiment_id, packed.digest)
+    held = tracking.stored_snapshot(run.experiment_id, packed.digest, packed.path.name)
     if held is not None:
         holder, uri = held
-        pointer = f"runs:/{holder}/snapshot/{snapshot_name(packed.digest)}\n"
+        pointer = f"runs:/{holder}/snapshot/{packed.path.name}\n"
         tracking.store_text(run.run_id, pointer, "snapshot/stored_in")
         return dataclasses.replace(packed.ref, uri=uri)
     tracking.store_file(run.run_id, packed.path, "snapshot")

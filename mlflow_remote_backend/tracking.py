@@ -214,13 +214,13 @@ class Tracking:
     def store_text(self, run_id: str, text: str, name: str) -> None:
         self.call(f"storing {name}", lambda: self.client.log_text(run_id, text, name))
 
-    def stored_snapshot(self, experiment_id: str, digest: str) -> tuple[str, str] | None:
-        """Run id and artifact URI of a snapshot with this digest that the experiment holds already, or None."""
+    def stored_snapshot(self, experiment_id: str, digest: str, name: str) -> tuple[str, str] | None:
+        """Run id and artifact URI of the snapshot archive ``name`` if the experiment holds it already, or None."""
         query = f"tags.`{PREFIX}snapshot` = '{digest}' and tags.`{PREFIX}snapshot_stored` = 'true'"
         search = partial(self.client.search_runs, [experiment_id], query, max_results=3)
         for run in self.call("looking for snapshots", search):
             for each in self.list_artifacts(run.info.run_id, "snapshot"):
-                if Path(each).name == snapshot_name(digest):
+                if Path(each).name == name:
                     return run.info.run_id, f"{run.info.artifact_uri}/{each}"
         return None
 
@@ -299,11 +299,6 @@ class Tracking:
                 return mlflow.register_model(f"runs:/{view.run_id}/{path}", name, tags=dict(tags))
 
         return self.call(f"registering model {name}", register)
-
-
-def snapshot_name(digest: str) -> str:
-    """The file name of a stored snapshot. Content-addressed: equal names hold equal projects."""
-    return digest.partition(":")[2][:32] + ".tar.gz"
 
 
 def _view(run: Any) -> RunView:
