@@ -1,0 +1,193 @@
+"""Folders into a container and out of it, as tar archives that are never held whole, neither in memory nor on disk.
+
+What comes out was written by the user's program. Files are written below the target folder only, links are made last
+and only such as stay inside the project, devices and the like are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ...runner.unpack import is_safe_target
+
+_BLOCK_BYTES = 512
+_CHUNK_BYTES = 1 << 20
+_END = b"\0" * (2 * _BLOCK_BYTES)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to copy in. ``source``: a file, link or folder of this machine, or content, or None for a folder."""
+
+    path: str
+    source: Path | bytes | None = None
+    mode: int = 0o755
+
+
+def pack(items: Iterable[Item], owner: tuple[int, int]) -> Iterator[bytes]:
+    """A tar archive of the items, folders with all that is in them. ``owner``: uid and gid of everything."""
+    for item in items:
+        if isinstance(item.source, Path):
+            yield from _pack_tree(item.path, item.source, owner)
+        else:
+            yield from _member(item.path, item.source, item.mode, owner)
+    yield _END
+
+
+def _pack_tree(path: str, source: Path, owner: tuple[int, int]) -> Iterator[bytes]:
+    yield from _pack_one(path, source, owner)
+    if source.is_symlink() or not source.is_dir():
+        return
+    for folder, folders, files in os.walk(source):
+        inside = os.path.relpath(folder, source)
+        for name in sorted((*folders, *files)):
+            target = os.path.normpath(os.path.join(path, inside, name))
+            yield from _pack_one(target, Path(folder, name), owner)
+
+
+def _pack_one(path: str, source: Path, owner: tuple[int, int]) -> Iterator[bytes]:
+    header = _header(path, owner)
+    status = source.lstat()
+    header.mode = status.st_mode & 0o777
+    if source.is_symlink():
+        header.type, header.linkname = tarfile.SYMTYPE, os.readlink(source)
+        yield _bytes_of(header)
+    elif source.is_dir():
+        header.type = tarfile.DIRTYPE
+        yield _bytes_of(header)
+    else:
+        header.size = status.st_size
+        yield _bytes_of(header)
+        yield from _content(source, status.st_size)
+
+
+def _member(path: str, content: bytes | None, mode: int, owner: tuple[int, int]) -> Iterator[bytes]:
+    header = _header(path, owner)
+    header.mode = mode
+    if content is None:
+        header.type = tarfile.DIRTYPE
+        yield _bytes_of(header)
+        return
+    header.size = len(content)
+    yield _bytes_of(header) + content + _padding(len(content))
+
+
+def _header(path: str, owner: tuple[int, int]) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(path)
+    header.uid, header.gid = owner
+    return header
+
+
+def _bytes_of(header: tarfile.TarInfo) -> bytes:
+    return header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def _padding(size: int) -> bytes:
+    return b"\0" * (-size % _BLOCK_BYTES)
+
+
+def _content(source: Path, size: int) -> Iterator[bytes]:
+    left = size
+    with source.open("rb") as file:
+        while left and (data := file.read(min(left, _CHUNK_BYTES))):
+            left -= len(data)
+            yield data
+    if left:
+        raise OSError(f"{source} became shorter while it was copied")
+    yield _padding(size)
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------
+
+
+def files(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The regular files of a tar archive with their content, to be read before the next one is asked for."""
+    for member, stream in _members(archive):
+        if stream is not None:
+            yield member, stream
+
+
+def _members(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
+    reader: Any = _Reader(archive)  # tarfile needs no more of a file than its ``read``
+    try:
+        with tarfile.open(fileobj=reader, mode="r|", bufsize=_CHUNK_BYTES) as members:
+            for member in members:
+                yield member, members.extractfile(member) if member.isreg() else None
+    except tarfile.TarError as error:
+        raise OSError(f"the engine's archive was cut off: {error}") from error
+
+
+def unpack(archive: Iterator[bytes], root: Path, folder: str) -> None:
+    """Write an engine's archive of the folder ``root/folder`` (as it is in the container) to that place.
+
+    What was there is removed first. Raises OSError where this machine's disk does not take it.
+    """
+    target = root / folder
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    links: list[tuple[str, str]] = []
+    for member, stream in _members(archive):
+        path = _inside(folder, member.name)
+        if path is None:
+            continue
+        if member.isdir():
+            (root / path).mkdir(parents=True, exist_ok=True)
+        elif stream is not None:
+            _write(root / path, stream, member.mode)
+        elif member.islnk():
+            _copy_again(root, path, _inside(folder, member.linkname))
+        elif member.issym():
+            links.append((path, member.linkname))
+    for path, link in links:
+        if is_safe_target(path, link):
+            with contextlib.suppress(FileExistsError):
+                (root / path).symlink_to(link)
+
+
+def _inside(folder: str, name: str) -> str | None:
+    """A member's path below the root: its own first part is the folder's name. None: it leads elsewhere."""
+    parts = [each for each in name.split("/") if each not in ("", ".")]
+    if ".." in parts or not parts:
+        return None
+    return "/".join([folder, *parts[1:]])
+
+
+def _write(path: Path, stream: IO[bytes], mode: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, (mode & 0o777) | 0o600), "wb") as file:
+        shutil.copyfileobj(stream, file, _CHUNK_BYTES)
+
+
+def _copy_again(root: Path, path: str, original: str | None) -> None:
+    """A further name of a file that the archive had before."""
+    if original is not None and (root / original).is_file():
+        shutil.copyfile(root / original, root / path)
+
+
+class _Reader:
+    """An iterator of bytes as tarfile reads it."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        gathered = [self._rest]
+        length = len(self._rest)
+        while length < size and (piece := next(self._pieces, b"")):
+            gathered.append(piece)
+            length += len(piece)
+        data = b"".join(gathered)
+        self._rest = data[size:]
+        return data[:size]

@@ -1,0 +1,485 @@
+"""How a supervisor starts a job's program in a container, watches it, and brings home what it left.
+
+The container and the volume that holds its project and spool carry the run's name. They are made and removed by the
+supervisor; if that dies, the next one finds them again by that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet  # the builtin one only since Python 3.11
+from pathlib import Path
+from typing import Any
+
+from ...errors import ComputeError, JobError
+from ...job import Diagnosis, JobSpec, Reason
+from ...runner import execute
+from ...runner.prepare import Place
+from ...runner.run_folder import RunFolder
+from ...runner.spool import Command, ExitRecord, Spool, secrets_script, write_json
+from ...runner.supervise import Running, Start
+from . import copying, diagnosis, images, reach, request, scripts, tail, users
+from .engine import Connection, Endpoint, Engine, Refused, registry_auth
+from .mirror import Mirror
+from .request import Container, Image
+
+CONTAINER_FILE = "container.json"  # in the run folder: what a later supervisor, or a look from outside, needs to know
+CANCEL_POLL_S = 0.2
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 5.0
+STOP_MARGIN_S = 10.0  # beyond the grace period, before the container itself is killed
+GIVE_UP_S = 30.0  # and then, before a cancelled job's engine that does not answer is given up
+_PARENT = request.MOUNT.rpartition("/")[0]
+
+#: What runs the program's line inside an image's entrypoint, which knows only one program to start.
+_WRAPPED_SHELL = 'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c "$0"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where the container will be: an engine that answers, and the image on it."""
+
+    engine: Engine
+    image: Image
+    rootless: bool
+
+
+class DockerProgram:
+    """The supervisor's hook for ``compute: docker``."""
+
+    def __init__(self) -> None:
+        self._site: Future[Site] | None = None
+
+    def place(self, spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Place:
+        """The engine is connected and the image pulled while the project is unpacked."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="image")
+        self._site = pool.submit(_site, spec, folder, environ)
+        pool.shutdown(wait=False)
+        return Place(
+            spool=folder.spool,
+            work=folder.work,
+            cache=folder.path / "cache",
+            environ=environ,
+            archive=folder.archive if folder.archive.exists() else None,
+            work_seen_as=request.WORK,
+            on_phase=lambda detail: folder.say("preparing", detail),
+        )
+
+    def start(self, spec: JobSpec, folder: RunFolder, start: Start) -> Running:
+        site = self._wait_for_site(folder)
+        made = _container(spec, site, start.environ)
+        folder.say("starting", f"creating container {made.name}")
+        with _start_errors(site.engine, made):
+            container = _create(site.engine, spec, made)
+            write_json(folder.path / CONTAINER_FILE, {"id": container, "image": site.image.id, "name": made.name})
+            _copy_in(site, spec, folder, container, made)
+            _start(site.engine, container, {**_copied(spec, start.environ), **_usable(spec, start.program_secrets)})
+        folder.say("running")
+        return ContainerRun(site.engine, spec, folder, container)
+
+    def _wait_for_site(self, folder: RunFolder) -> Site:
+        """The image may take minutes; whoever cancels meanwhile need not wait for it."""
+        assert self._site is not None, "place comes first"
+        while True:
+            with contextlib.suppress(NotYet):
+                return self._site.result(timeout=CANCEL_POLL_S)
+            if Spool(folder.spool).cancel_requested():
+                raise JobError("Cancelled while the image was pulled.", code=Reason.CANCELLED.value)
+
+    def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
+        """Blocks while the engine does not answer: whether a container runs cannot be guessed."""
+        known = recorded(folder)
+        if known is None:
+            return None
+        if (folder.spool / "exit.json").exists():
+            return _Done()
+        engine = _patient_connection(spec, folder)
+        found = engine.inspect(known["id"])
+        if found is not None and found["State"]["Status"] == "created":  # its secrets died with that supervisor
+            engine.remove(known["id"])
+            engine.remove_volume(known["name"])
+            return None
+        return ContainerRun(engine, spec, folder, known["id"])
+
+
+def recorded(folder: RunFolder) -> dict[str, str] | None:
+    """The container that was made for the run, as the run folder knows it."""
+    try:
+        found = json.loads((folder.path / CONTAINER_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return {key: str(value) for key, value in found.items()}
+
+
+def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
+    options = spec.options
+    engine = Engine.connect(Endpoint.from_options(options, environ))
+    image = images.obtain(
+        engine,
+        options.get("resolved_image") or request.image_name(spec),
+        pull=options.get("pull", "missing"),
+        platform=options.get("platform") or "",
+        auth=registry_auth(environ),
+        patience_s=spec.limits.image_pull_timeout_s,
+        say=lambda detail: folder.say("starting", detail),
+    )
+    return Site(engine, image, is_rootless(engine.info()))
+
+
+def is_rootless(info: Mapping[str, Any]) -> bool:
+    return any("rootless" in each for each in info.get("SecurityOptions") or ())
+
+
+def _patient_connection(spec: JobSpec, folder: RunFolder) -> Engine:
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return Engine.connect(Endpoint.from_options(spec.options, {}))
+        except ComputeError as error:
+            folder.say("running", f"{error.what} {error.words}")
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+
+# -- making the container ----------------------------------------------------------------------------------------------
+
+
+def _container(spec: JobSpec, site: Site, environ: Mapping[str, str]) -> Container:
+    local_store = bool(reach.store_folders(spec.run.tracking_uri, spec.run.artifact_uri))
+    user = request.default_user(
+        site.image.user, request.caller_ids(), rootless=site.rootless, local_store=local_store
+    )
+    return request.container(spec, site.image, user, environ=environ)
+
+
+@contextlib.contextmanager
+def _start_errors(engine: Engine, made: Container) -> Iterator[None]:
+    """A container that cannot be made or started leaves nothing, and its run the engine's words."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(ComputeError):
+            remove(engine, made.name)
+        if isinstance(error, Refused):
+            raise images.failed(diagnosis.of_start(made.name, str(made.document["Image"]), error.words)) from error
+        raise
+
+
+def _create(engine: Engine, spec: JobSpec, made: Container) -> str:
+    """The container's id. Its name is the lock against a second one: what an earlier attempt left is replaced."""
+    try:
+        return engine.create(made.name, made.document, made.platform or None)
+    except Refused as error:
+        if not error.conflict:
+            raise
+        found = engine.inspect(made.name) or {"Config": {}, "State": {"Status": ""}}
+        ours = (found["Config"].get("Labels") or {}).get(request.RUN_LABEL) == spec.run.run_id
+        if not ours or found["State"]["Status"] != "created":
+            raise
+        engine.remove(made.name)
+        return engine.create(made.name, made.document, made.platform or None)
+
+
+def _copy_in(site: Site, spec: JobSpec, folder: RunFolder, container: str, made: Container) -> None:
+    engine = site.engine
+    owner = _owner(engine, container, str(made.document.get("User") or site.image.user))
+    spool = Spool(folder.spool)
+    command = spool.command()
+    if command is None:
+        raise JobError("The job's command is missing from its spool.")
+    spool.write_command(_in_container(command, made, spec))
+    root, code, ours = (each.removeprefix(f"{_PARENT}/") for each in (request.MOUNT, request.WORK, request.OURS))
+    items = [
+        copying.Item(root),
+        copying.Item(ours),
+        *(copying.Item(f"{ours}/{name}", mode=0o700) for name in ("spool", "spool/log", "home", "tmp")),
+        copying.Item(f"{ours}/spool/command.json", folder.spool / "command.json"),
+        copying.Item(f"{ours}/spool/command.sh", folder.spool / "command.sh"),
+        *_runner_files(ours),
+        copying.Item(code, folder.work),
+    ]
+    engine.copy_in(container, _PARENT, copying.pack(items, owner))
+
+
+def _runner_files(ours: str) -> Iterator[copying.Item]:
+    here = Path(execute.__file__)
+    yield copying.Item(f"{ours}/execute.py", here.read_bytes(), 0o644)
+    if here.with_name("execute.sh").exists():  # TODO
+        yield copying.Item(f"{ours}/execute.sh", here.with_name("execute.sh").read_bytes(), 0o644)
+    yield copying.Item(f"{ours}/tail.py", Path(tail.__file__).read_bytes(), 0o644)
+    for name, text in (("start.sh", scripts.START), ("follow.sh", scripts.FOLLOW), ("tail.sh", scripts.TAIL)):
+        yield copying.Item(f"{ours}/{name}", text.encode(), 0o644)
+
+
+def _owner(engine: Engine, container: str, user: str) -> tuple[int, int]:
+    """Uid and gid of the container's user."""
+    if not users.needs_tables(user):
+        return users.numeric(user, "", "")
+    return users.numeric(user, _text(engine, container, "/etc/passwd"), _text(engine, container, "/etc/group"))
+
+
+def _text(engine: Engine, container: str, path: str) -> str:
+    """A small file of the container's image; empty where there is none."""
+    try:
+        content = [stream.read() for _, stream in copying.files(engine.copy_out(container, path))]
+    except Refused as error:
+        if error.missing:
+            return ""
+        raise
+    return b"".join(content).decode("utf-8", "replace")
+
+
+def _in_container(command: Command, made: Container, spec: JobSpec) -> Command:
+    """The prepared command as it runs in this image: wrapped in its entrypoint, with the project's own variables."""
+    argv, fallback = command.argv, ("sh", *command.argv[1:])
+    if made.entrypoint:
+        argv, fallback = (*made.entrypoint, "/bin/sh", "-c", _WRAPPED_SHELL, command.argv[-1]), ()
+    return dataclasses.replace(
+        command,
+        argv=argv,
+        fallback_argv=fallback,
+        env={**made.environment, **command.env},
+        memory_limit_hint=spec.resources.memory_bytes,
+        tee=False,
+    )
+
+
+def _copied(spec: JobSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ[name] for name in request.copied_variables(spec) if name in environ}
+
+
+def _usable(spec: JobSpec, secrets: Mapping[str, str]) -> dict[str, str]:
+    useless = reach.unusable_proxies(secrets, request.network_of(spec))
+    return {name: value for name, value in secrets.items() if name not in useless}
+
+
+def _start(engine: Engine, container: str, secrets: Mapping[str, str]) -> None:
+    """Start the container and hand it the secrets, which only its own stdin ever carries."""
+    connection: Connection = engine.attach_input(container)
+    try:
+        engine.start(container)
+        connection.send(secrets_script(secrets).encode("utf-8", "surrogateescape"))
+        connection.end_input()
+    finally:
+        connection.close()
+
+
+# -- watching it -------------------------------------------------------------------------------------------------------
+
+
+class _Done:
+    """A program whose end is recorded already."""
+
+    def alive(self) -> bool:
+        return False
+
+    def stop(self, grace_period_s: float) -> None:
+        """It has ended."""
+
+    def collect(self) -> None:
+        """Its container was removed when its record was written; whatever is left, gc takes."""
+
+
+class _GivenUp(Exception):
+    """A cancelled job's engine does not answer."""
+
+
+class ContainerRun:
+    """A container that was started. Its own thread mirrors it, and brings everything home when it has ended."""
+
+    def __init__(self, engine: Engine, spec: JobSpec, folder: RunFolder, container: str) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._folder = folder
+        self._container = container
+        self._name = request.container_name(spec.run.run_id)
+        self._mirror = Mirror(engine, container, folder.spool, self._too_late)
+        self._ended = threading.Event()
+        self._stop_by: float | None = None
+        self._said = ""
+        self._watcher = threading.Thread(target=self._watch, name="container", daemon=True)
+        self._watcher.start()
+
+    def alive(self) -> bool:
+        """True until everything is here: log, outputs and exit record."""
+        return not self._ended.is_set()
+
+    def stop(self, grace_period_s: float) -> None:
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + grace_period_s + STOP_MARGIN_S
+            threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+    def collect(self) -> None:
+        self._watcher.join()
+        remove(self._engine, self._name)
+
+    # -- stopping
+
+    def _stop(self) -> None:
+        """``execute`` acts on the file; it alone keeps the grace period. Only if it fails is the container killed."""
+        assert self._stop_by is not None
+        cancel = copying.pack([copying.Item("cancel", b"", 0o644)], (0, 0))
+        self._try(lambda: self._engine.copy_in(self._container, request.SPOOL, b"".join(cancel)))
+        self._try(lambda: self._engine.unpause(self._container))
+        if not self._ended.wait(max(0.0, self._stop_by - time.monotonic())):
+            self._try(lambda: self._engine.kill(self._container))
+
+    def _try(self, action: Any) -> None:
+        """Until the engine has answered, or it is too late."""
+        pause_s = FIRST_PAUSE_S
+        while not self._ended.wait(pause_s):
+            with contextlib.suppress(ComputeError):
+                action()
+                return
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _too_late(self) -> bool:
+        return self._stop_by is not None and time.monotonic() > self._stop_by + GIVE_UP_S
+
+    # -- watching
+
+    def _watch(self) -> None:
+        try:
+            self._bring(self._until_ended())
+        except _GivenUp:
+            self._record(
+                Diagnosis(
+                    Reason.CANCELLED,
+                    f"Cancelled, but the Docker engine does not answer: container {self._name} may still run.",
+                    hint="`mlflow-remote gc` removes it once the engine is back.",
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - whatever went wrong must not leave the run without an end
+            words = f"{type(error).__name__}: {error}"
+            self._record(Diagnosis(Reason.BOOTSTRAP, f"Container {self._name} could not be followed.", words=words))
+        finally:
+            self._ended.set()
+
+    def _until_ended(self) -> dict[str, Any] | None:
+        """Mirror the log until the container has ended; how it ended, None if it is gone."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            found: dict[str, Any] | None = self._ask(lambda: self._engine.inspect(self._container))
+            if found is None or not found["State"]["Running"]:
+                return found
+            if found["State"]["Paused"]:
+                self._say(f"container {self._name} is paused by somebody; `docker unpause {self._name}` lets it go on")
+                time.sleep(1.0)
+                continue
+            self._say("")
+            before = self._mirror.size_bytes, time.monotonic()
+            with contextlib.suppress(ComputeError, OSError):
+                self._mirror.follow()
+            useful = self._mirror.size_bytes > before[0] or time.monotonic() > before[1] + LONGEST_PAUSE_S
+            pause_s = FIRST_PAUSE_S if useful else min(pause_s * 2, LONGEST_PAUSE_S)
+            time.sleep(pause_s)
+
+    def _ask(self, question: Any) -> Any:
+        """The engine's answer, however long that takes: silence is no proof of anything."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return question()
+            except Refused:
+                raise
+            except (ComputeError, OSError) as error:
+                if self._too_late():
+                    raise _GivenUp from error
+                self._say(f"no contact, the container may still run: {error}")
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _say(self, detail: str) -> None:
+        if detail != self._said:
+            self._said = detail
+            self._folder.say("running", detail)
+
+    # -- bringing home
+
+    def _bring(self, found: dict[str, Any] | None) -> None:
+        source = self._container if found is not None else self._ask(self._stand_in)
+        record = None
+        if source is not None:
+            record = self._ask(lambda: self._finish_log(source))
+            for output in self._spec.outputs:
+                self._ask(lambda output=output: self._bring_output(source, output))
+        if record is not None:
+            self._write_exit(_with_engine_knowledge(record, found))
+        else:
+            own = "" if found is None else self._ask(lambda: self._engine.words_of(self._container))
+            self._record(diagnosis.of_ended(self._name, found, own, self._spec.resources.memory_bytes))
+        with contextlib.suppress(ComputeError):  # collect tries again
+            remove(self._engine, self._name)
+
+    def _finish_log(self, source: str) -> bytes | None:
+        try:
+            return self._mirror.finish(source)
+        except Refused as error:
+            if error.missing:
+                return None
+            raise
+
+    def _bring_output(self, source: str, output: str) -> None:
+        try:
+            copying.unpack(self._engine.copy_out(source, f"{request.WORK}/{output}"), self._folder.work, output)
+        except Refused as error:
+            if not error.missing:
+                raise
+
+    def _stand_in(self) -> str | None:
+        """A container that is never started, to copy from the volume of one that somebody removed."""
+        known = recorded(self._folder) or {}
+        if self._engine.volume(self._name) is None:
+            return None
+        mount = {"Type": "volume", "Source": self._name, "Target": request.MOUNT}
+        document = {
+            "Image": known.get("image", ""),
+            "Entrypoint": ["/nothing"],
+            "Labels": request.labels(self._spec),
+            "HostConfig": {"Mounts": [mount]},
+        }
+        try:
+            return self._engine.create(self._name, document)
+        except Refused:
+            return None
+
+    def _record(self, found: Diagnosis) -> None:
+        """The exit record that ``execute`` did not leave."""
+        record = ExitRecord(
+            exit_code=137,
+            log_bytes=self._mirror.size_bytes,
+            error={"code": found.reason.value, "message": found.message, "words": found.words, "hint": found.hint},
+            ended_at=time.time(),
+        )
+        self._write_exit(json.dumps(dataclasses.asdict(record)).encode())
+
+    def _write_exit(self, record: bytes) -> None:
+        write_json(self._folder.spool / "exit.json", json.loads(record), durable=True)
+
+
+def _with_engine_knowledge(record: bytes, found: Mapping[str, Any] | None) -> bytes:
+    """The exit record with what only the engine saw: that the container's memory limit killed something."""
+    try:
+        known = json.loads(record)
+    except ValueError:
+        return json.dumps(dataclasses.asdict(ExitRecord(137))).encode()
+    if found is not None and found["State"].get("OOMKilled") and not known.get("oom_kills"):
+        known["oom_kills"] = 1
+    return json.dumps(known).encode()
+
+
+def remove(engine: Engine, name: str) -> None:
+    """Remove a job's container and its volume. Idempotent."""
+    engine.remove(name)
+    try:
+        engine.remove_volume(name)
+    except Refused as error:
+        if not error.conflict:
+            raise
+

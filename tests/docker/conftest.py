@@ -1,0 +1,169 @@
+"""A real engine, real images, and jobs that are supervised in the test's own process."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_remote_backend.compute.docker import request as docker_request
+from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
+from mlflow_remote_backend.compute.docker.program import ContainerRun, DockerProgram
+from mlflow_remote_backend.job import EntryPoint, JobSpec, RunRef, SnapshotRef
+from mlflow_remote_backend.runner.prepare import prepare
+from mlflow_remote_backend.runner.run_folder import RunFolder
+from mlflow_remote_backend.runner.spool import ExitRecord, Spool
+from mlflow_remote_backend.runner.supervise import Start
+
+PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
+SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE", "local/shell:1")
+DEADLINE_S = 60
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine.connect(Endpoint.from_options({}, os.environ))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on_the_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test makes under our label must be gone after it; then it is removed all the same."""
+    if request.node.get_closest_marker("docker") is None:
+        yield
+        return
+    engine = request.getfixturevalue("engine")
+    before = _ours(engine)
+    yield
+    deadline = time.monotonic() + 10
+    while (left := _ours(engine) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for _, name in sorted(left):
+        engine.remove(name)
+        engine.remove_volume(name)
+    assert not left
+
+
+def _ours(engine: Engine) -> set[tuple[str, str]]:
+    containers = {("container", each["Names"][0].lstrip("/")) for each in engine.containers(docker_request.RUN_LABEL)}
+    return containers | {("volume", each["Name"]) for each in engine.volumes(docker_request.RUN_LABEL)}
+
+
+@dataclass
+class Job:
+    """A job whose supervisor is this process. ``secrets``: of the program."""
+
+    spec: JobSpec
+    folder: RunFolder
+    environ: Mapping[str, str]
+    secrets: Mapping[str, str]
+    program: DockerProgram
+
+    def start(self) -> ContainerRun:
+        place = self.program.place(self.spec, self.folder, self.environ)
+        prepare(self.spec, place)
+        prepared = Spool(self.folder.spool).prepared()
+        assert prepared is not None
+        assert prepared.failed is None
+        running = self.program.start(self.spec, self.folder, Start(self.environ, self.secrets))
+        assert isinstance(running, ContainerRun)
+        return running
+
+    def run(self) -> ExitRecord:
+        running = self.start()
+        return self.end(running)
+
+    def end(self, running: ContainerRun, deadline_s: float = DEADLINE_S) -> ExitRecord:
+        """Waits for the end, and lets everything be collected."""
+        deadline = time.monotonic() + deadline_s
+        while running.alive():
+            assert time.monotonic() < deadline, self.log()[-2000:]
+            time.sleep(0.01)
+        running.collect()
+        record = Spool(self.folder.spool).exit()
+        assert record is not None
+        return record
+
+    @property
+    def name(self) -> str:
+        return docker_request.container_name(self.spec.run.run_id)
+
+    def log(self) -> bytes:
+        return Spool(self.folder.spool).log.read(0, 1 << 40)
+
+    def output(self, name: str) -> bytes:
+        return (self.folder.work / "outputs" / name).read_bytes()
+
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> MakeJob:
+    """``make_job(command, files={...}, options={...}, secrets={...}, **fields of JobSpec)`` -> Job, prepared nowhere yet."""
+
+    def make(
+        command: str,
+        *,
+        files: Mapping[str, str | bytes] = {},
+        options: Mapping[str, Any] = {},
+        secrets: Mapping[str, str] = {},
+        environ: Mapping[str, str] | None = None,
+        image: str = PYTHON_IMAGE,
+        **fields: Any,
+    ) -> Job:
+        run_id = uuid.uuid4().hex
+        folder = RunFolder(run_id, tmp_path / "state")
+        archive, digest = _archive(tmp_path, files)
+        spec = JobSpec(
+            run=RunRef(run_id, "0", "mlflow-artifacts:/0/x/artifacts", fields.pop("tracking_uri", "http://tracking.test")),
+            submission_id=uuid.uuid4().hex,
+            project_name="test",
+            entry_point=EntryPoint("main", command),
+            parameters={},
+            snapshot=SnapshotRef(digest, archive.stat().st_size),
+            environment=fields.pop("environment", None) or docker_environment(),
+            compute="docker",
+            options={"image": image, "pull": "missing", "env_cache": "mlflow-remote-test", **options},
+            **fields,
+        )
+        folder.create(spec)
+        folder.archive.write_bytes(archive.read_bytes())
+        return Job(spec, folder, dict(os.environ if environ is None else environ), secrets, DockerProgram())
+
+    return make
+
+
+def docker_environment() -> Any:
+    from mlflow_remote_backend.job import EnvironmentRef
+
+    return EnvironmentRef("docker")
+
+
+def _archive(tmp_path: Path, files: Mapping[str, str | bytes]) -> tuple[Path, str]:
+    from mlflow_remote_backend import snapshot
+    from mlflow_remote_backend.config import SnapshotOptions
+
+    project = tmp_path / f"project-{uuid.uuid4().hex[:8]}"
+    for name, content in {"MLproject": "name: test\n", **files}.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    packed = snapshot.build(snapshot.scan(project, SnapshotOptions(), []), tmp_path)
+    return packed.path, packed.digest
+
+
+def tar_of(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
