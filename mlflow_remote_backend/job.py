@@ -142,6 +142,8 @@ class EnvironmentRef:
 
     ``lock_key`` is empty for local and docker; ``lock``: the lock file's text, which travels with the job.
     ``kind``: format of the lock, ``conda-lock`` or ``requirements``. ``python``: version wanted, for a venv.
+    ``indexes``: option lines (``--index-url URL``) and ``channels``: lines ``NAME URL``, where the packages are fetched,
+    with ``${NAME}`` for credentials. ``env_vars``: what the environment sets. ``notices``: one line each, for a person.
     """
 
     manager: str = "local"
@@ -150,6 +152,10 @@ class EnvironmentRef:
     lock: str = ""
     platform: str = ""
     python: str = ""
+    indexes: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

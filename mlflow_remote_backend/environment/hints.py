@@ -1,0 +1,59 @@
+"""What to do next, by what a solver or an installer says. Standard library only."""
+
+from __future__ import annotations
+
+import re
+
+INDEX = (
+    "The packages come from the index that pip or uv is configured with; another one is named by environment.index_url "
+    "in the backend config."
+)
+CHANNEL = (
+    "Channels are named in conda.yaml; where they are found can be set in the backend config: environment."
+    "channel_alias for all names, environment.channel_map for single ones, environment.channels to use others."
+)
+
+_DISK = "Make room, or put the cache elsewhere with MLFLOW_REMOTE_CACHE; mlflow-remote env prune removes what is old."
+HASH = "The file is not the one that was locked. If its publisher replaced it, lock anew: mlflow-remote lock."
+_TABLE: tuple[tuple[str, str], ...] = (
+    (r"No space left|ENOSPC|Disk quota", _DISK),
+    (r"[Hh]ash(es)? mismatch|sha256 mismatch|[Hh]ashes? (do|does) not match", HASH),
+    (
+        r"401|[Uu]nauthorized|403 Forbidden|[Aa]uthentication",
+        "Credentials are taken from ~/.netrc, a keyring, or variables named in the URL: https://${USER}:${PASSWORD}@…",
+    ),
+    (r"[Cc]ertificate|UnknownIssuer|self.signed", "Name your company's certificates in SSL_CERT_FILE."),
+    (
+        r"No module named|ModuleNotFoundError|build_backend|backend",
+        "A package that must be built needs its build tools in the lock: add them to build_dependencies "
+        "(python_env.yaml) or to pip (conda.yaml).",
+    ),
+    (
+        r"[Cc]onnect|timed? ?out|dns|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError",
+        "The server did not answer. Check the network and the proxy settings. ",
+    ),
+    (
+        r"requires-python|Python.?[<>=]|current Python|python_abi|requested Python",
+        "Ask for another Python version or for other versions of these packages.",
+    ),
+    (
+        r"was not found in the package registry|there are no versions|No candidates were found|no candidates",
+        "Check the spelling of the name and the version. ",
+    ),
+    (
+        r"No solution found|conflict|cannot be installed because|unsatisfiable|is incompatible",
+        "Loosen one of the versions named above.",
+    ),
+    (
+        r"no wheels? with a matching|no matching platform|has no usable wheels|only has wheels for",
+        "The package is not published for this platform; choose another version, or take it from a conda channel.",
+    ),
+)
+
+
+def for_words(words: str, general: str) -> str:
+    """The hint for another program's words; ``general`` is added where it says where the packages come from."""
+    for pattern, hint in _TABLE:
+        if re.search(pattern, words):
+            return f"{hint}{general}" if hint.endswith(" ") else hint
+    return general
