@@ -82,7 +82,7 @@ def cli_context() -> CliContext | None:
     context = click.get_current_context(silent=True)
     if context is None or context.find_root().command is not mlflow_cli.cli:
         return None
-    return CliContext(run_id=context.params.get("run_id") or "", run_name=context.params.get("run_name") or "")
+    return CliContext(run_id=context.params.get("run_id"), run_name=context.params.get("run_name"))
 
 
 def _must_wait(config: BackendConfig, cli: CliContext | None) -> bool:

@@ -159,12 +159,27 @@ def _locked(found: Project, config: BackendConfig, say: Say) -> EnvironmentRef:
     """What the project declares, locked for the platform where the job runs; nothing to do for ``local``."""
     if config.env_manager == "local" or (config.env_manager is None and found.env_type == "docker"):
         return EnvironmentRef("docker" if found.env_type == "docker" else "local")
-    from .environment import locking, spec
+    from .environment import cache, locking, spec
 
     declared = spec.load(found.dir, found.env_type, found.env_config_path, config.env_manager, config.environment)
-    for warning in declared.warnings:
-        say(warning)
-    return locking.lock(declared, _platform(config))
+    elsewhere = config.compute not in ("local", "docker")
+    locked = locking.lock(declared, _platform(config), cache.default_root(), _Narrator(say), elsewhere=elsewhere)
+    for notice in locked.notices:
+        say(notice)
+    return locked
+
+
+class _Narrator:
+    """Says what locking is at, at most once a second: a solver reports many times a second."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._next = 0.0
+
+    def __call__(self, step: object) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1.0
+            self._say(str(step))
 
 
 def _platform(config: BackendConfig) -> str:

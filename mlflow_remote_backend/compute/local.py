@@ -90,7 +90,7 @@ class LocalProgram:
         return Place(
             spool=folder.spool,
             work=folder.work,
-            cache=cache.root(environ),
+            cache=cache.default_root(),
             environ=environ,
             archive=folder.archive if folder.archive.exists() else None,
             on_phase=lambda detail: folder.say("preparing", detail),

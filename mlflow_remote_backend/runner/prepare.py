@@ -41,7 +41,7 @@ class Place:
     archive: Path | None = None
     work_seen_as: str = ""
     tee: bool = False
-    caller_dir: str = ""  # local only: where the submitter stood, for path parameters relative to it
+    caller_dir: str = ""  # where the submitter stood, for path parameters relative to it
     on_phase: Callable[[str], None] = lambda detail: None
 
 
@@ -104,11 +104,14 @@ def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
     """The variables that make the locked environment the program's: none where it uses what is there."""
     if not spec.environment.lock_key:
         return {}
-    from ..environment import materialise
+    from ..environment import activation, cache
 
-    place.on_phase("making the environment")
-    prefix = materialise.materialise(spec.environment, place.cache, place.on_phase)
-    return materialise.activation(prefix, place.environ)
+    prefix = cache.hit(place.cache, spec.environment.lock_key)
+    if prefix is None:
+        from ..environment import materialise
+
+        prefix = materialise.materialise(spec.environment, place.cache, lambda step: place.on_phase(str(step)))
+    return activation.activation(prefix, place.environ, spec.environment.env_vars)
 
 
 def _command_line(spec: JobSpec, place: Place, folder: Path) -> str:
@@ -130,7 +133,8 @@ def _path_value(spec: JobSpec, place: Place, folder: Path, parameter: Parameter,
     if len(scheme) > 1 and scheme != "file":
         return _download(spec, place, parameter, value)
     path = urllib.parse.unquote(urllib.parse.urlsplit(value).path) if scheme == "file" else value
-    for base in filter(None, (str(folder), place.caller_dir)):
+    bases = [str(folder)] if place.work_seen_as else [str(folder), place.caller_dir or str(folder)]
+    for base in bases:
         candidate = os.path.join(base, path)
         if os.path.exists(candidate):
             inside = os.path.abspath(candidate)

@@ -21,12 +21,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import ComputeError
-from ..job import JobSpec
+from ..job import JobSpec, Phase
 from .prepare import Place, prepare
 from .run_folder import RunFolder
 from .spool import Prepared, Spool
@@ -208,9 +208,9 @@ def supervise(folder: RunFolder, program: Program, start: Start) -> None:
     from .record import RunRecord
 
     with RunRecord(spec.run) as record:
-        outcome = observe(spec, folder.spool, record, work_dir=job.work_dir, alive=job.alive, on_phase=folder.say)
+        outcome = observe(spec, folder.spool, record, work_dir=job.work_dir, alive=job.alive, on_phase=job.entered)
     job.end()
-    if outcome.finalized:
+    if outcome.finalized or outcome.gone:
         folder.remove()
     else:
         folder.say("finalizing", "waiting for the tracking server")
@@ -237,23 +237,23 @@ class _Job:
             self._preparing.start()
 
     def _prepare_and_start(self) -> None:
-        self.folder.say("preparing")
-        place = self._program.place(self.spec, self.folder, self._start.environ)
-        prepare(self.spec, place)
-        done = self.spool.prepared() or Prepared()
-        if done.failed or self._cancelled:
-            return
+        """In a thread of its own. Whatever goes wrong here ends the run, by name."""
         try:
-            self._running = self._program.start(self.spec, self.folder, self._start)
-        except Exception as error:  # noqa: BLE001 - whatever kept the program from starting ends the run, by name
-            code = getattr(error, "code", "BOOTSTRAP")
+            self.folder.say("preparing")
+            place = self._program.place(self.spec, self.folder, self._start.environ)
+            prepare(self.spec, replace(place, caller_dir=self._start.caller_dir))
+            done = self.spool.prepared() or Prepared()
+            if not done.failed and not self._cancelled:
+                self._running = self._program.start(self.spec, self.folder, self._start)
+        except Exception as error:
+            traceback.print_exc()
             failed = {
-                "reason": code,
-                "message": getattr(error, "what", "") or f"The program could not be started: {error}",
+                "reason": getattr(error, "code", "BOOTSTRAP"),
+                "message": getattr(error, "what", "") or f"The program could not be started: {error!r}",
                 "words": getattr(error, "words", ""),
                 "hint": getattr(error, "hint", ""),
             }
-            self.spool.write_prepared(Prepared(failed, done.seconds))
+            self.spool.write_prepared(Prepared(failed, (self.spool.prepared() or Prepared()).seconds))
 
     def alive(self) -> bool:
         """Called several times a second: passes on a cancel, and tells whether the program may still write."""
@@ -262,6 +262,12 @@ class _Job:
         if self._preparing is not None and self._preparing.is_alive():
             return not self._cancelled
         return self._running is not None and self._running.alive()
+
+    def entered(self, phase: str) -> None:
+        """Called as the job moves on; before anything is uploaded, what the program left is brought here."""
+        if phase == Phase.FINALIZING.value and self._running is not None:
+            self._running.collect()
+        self.folder.say(phase)
 
     def _cancel(self) -> None:
         self._cancelled = True
