@@ -12,6 +12,7 @@ a higher one, and nothing below an ignored folder can be had back. Decided here:
 - ``.git/info/exclude`` and the user's global excludes are not read: they differ from machine to machine, and the same
   tree shall have the same digest everywhere. Nor is git's index: a tracked file that a pattern matches is ignored.
 - An ignore file that is a symbolic link is not read, as in git.
+- Character classes by name, ``[[:digit:]]``, are not known to ``pathspec``: such a pattern matches nothing.
 
 Beside them stand rules that are built in (:func:`built_in`).
 """
@@ -27,6 +28,8 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 from pathspec.pattern import Pattern
+
+from .runner.unpack import raw
 
 GIT_FILE = ".gitignore"
 OWN_FILES = (".mlflowignore", ".amlignore")  # the first that exists in a folder counts there
@@ -108,11 +111,19 @@ class Rule:
         return f"{self.source} {self.text!r}"
 
     def matches(self, path: str, is_folder: bool) -> bool:
-        """Whether the pattern speaks of ``path`` itself, not merely of a folder above it."""
+        """Whether the pattern speaks of ``path`` (:func:`_as_matched`) itself, not merely of a folder above it."""
         if self.folders_only and not is_folder:
             return False
         subject = path if self.anchored else path[path.rfind("/") + 1 :]
         return self.pattern.match_file(subject + _END) is not None
+
+
+def _as_matched(text: str) -> str:
+    """A path or a pattern as it is compared: a character for each byte, since to git ``?`` is one byte of a name.
+
+    No line feed is left, which the dot of an expression would not match; in a pattern there can be none.
+    """
+    return raw(text).decode("latin-1").replace("\n", "\r")
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,7 @@ class Patterns:
 
     def decide(self, path: str, is_folder: bool) -> Rule | None:
         """The last rule that matches ``path``; None where this file has nothing to say of it."""
-        subject = (self.prefix + path[self.strip :]).replace("\n", "\r")  # no dot of an expression matches "\n"
+        subject = _as_matched(self.prefix + path[self.strip :])
         for rule in reversed(self.rules):
             if rule.matches(subject, is_folder):
                 return rule
@@ -188,7 +199,7 @@ def _rule(text: str, source: str) -> Rule | None:
     if body == "**" or body.endswith("/**"):
         body += "/*"  # the same to git; but "**" has its meaning only as a whole name
     try:
-        (pattern,) = GitIgnoreSpec.from_lines([body + _END]).patterns
+        (pattern,) = GitIgnoreSpec.from_lines([_as_matched(body) + _END]).patterns
     except (ValueError, re.error):  # a bracket that is not closed, a range that runs backwards
         return None
     if pattern.include is None:
@@ -253,7 +264,7 @@ def above(root: Path) -> IgnoreFiles:
 
 def _not_of_the_way(patterns: Patterns, way: tuple[str, ...]) -> Patterns:
     """Without the rules that speak of the project folder or of one on the way to it."""
-    folders = ["/".join(way[:count]) for count in range(1, len(way) + 1)]
+    folders = [_as_matched("/".join(way[:count])) for count in range(1, len(way) + 1)]
     rules = (rule for rule in patterns.rules if not any(rule.matches(folder, True) for folder in folders))
     return replace(patterns, rules=tuple(rules))
 

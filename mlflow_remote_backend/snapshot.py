@@ -183,7 +183,7 @@ def _check_size(found: Tree, max_size_bytes: int) -> None:
     raise SnapshotError(
         f"The project has {_size(total_bytes)} in {counted(len(files), 'file')}; a snapshot may have "
         f"{_size(max_size_bytes)}. The largest files:",
-        words="\n".join(f"{_size(each.status.st_size):>10}  {shown(each.path)}" for each in largest),
+        words=some_of([f"{_size(each.status.st_size)}  {shown(each.path)}" for each in largest]),
         hint="Name what the job does not need in .mlflowignore, one pattern a line as in .gitignore, "
         "or raise snapshot.max_size. Data is better given as a parameter of type path or uri.",
     )
@@ -320,9 +320,10 @@ def _open(root: Path, path: str) -> Iterator[_Source]:
             if error.errno == errno.ELOOP:  # O_NOFOLLOW: a link took the file's place
                 raise FileNotFoundError(path) from error
             raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileNotFoundError(path)
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise FileNotFoundError(path)
         yield _Source(file, path)
 
 

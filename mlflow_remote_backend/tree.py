@@ -170,7 +170,7 @@ class _Walk:
         try:
             return context.ignore.entering(self.root, path, names)
         except OSError as error:
-            self.unreadable.append(f"an ignore file in {shown(path) or '.'}/: {error.strerror}")
+            self.unreadable.append(f"{shown(os.path.relpath(error.filename, self.root))}: {error.strerror}")
             return context.ignore
 
     def _entries(self, path: str) -> dict[str, os.DirEntry[bytes]]:
@@ -309,7 +309,7 @@ def shown(path: str) -> str:
 def some_of(lines: Sequence[str]) -> str:
     """At most SHOWN lines, and how many there are more."""
     more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join(f"  {line}" for line in [*lines[:SHOWN], *more])
+    return "\n".join([*(f"- {line}" for line in lines[:SHOWN]), *more])
 
 
 def counted(count: int, noun: str) -> str:
@@ -318,7 +318,7 @@ def counted(count: int, noun: str) -> str:
 
 def cannot_read(lines: Sequence[str]) -> SnapshotError:
     return SnapshotError(
-        f"{counted(len(lines), 'entry').replace('entrys', 'entries')} of the project cannot be read:",
+        f"{counted(len(lines), 'path')} of the project cannot be read:",
         words=some_of(lines),
         hint="Make them readable for you, or name them in .mlflowignore if the job does not need them.",
     )
@@ -326,9 +326,9 @@ def cannot_read(lines: Sequence[str]) -> SnapshotError:
 
 def _too_many(found: Sequence[Found]) -> SnapshotError:
     tops = Counter(each.path.partition("/")[0] for each in found)
-    lines = [f"{count:>9,}  {shown(top)}" for top, count in tops.most_common(SHOWN)]
+    lines = [f"{count:,}  {shown(top)}" for top, count in tops.most_common(SHOWN)]
     return SnapshotError(
         f"The project has more than {LIMITS.max_entries:,} files and folders. So far, by where they lie:",
-        words="\n".join(lines),
+        words=some_of(lines),
         hint="Name what the job does not need in .mlflowignore, one pattern a line as in .gitignore.",
     )
