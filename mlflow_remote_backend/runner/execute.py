@@ -50,18 +50,24 @@ RETRY_FULL_DISK_S = 0.25
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 PR_SET_CHILD_SUBREAPER = 36
+TOKEN_VARIABLE = "MLFLOW_REMOTE_EXECUTION"  # in the program's environment: by it what we leave behind is known as ours
+SUPERVISOR_NAMES = (b"mlflow-remote\n", b"mlflow_remote_backend.runner.supervise")
 
 
 # ---------------------------------------------------------------------------------------------------- small files
 
 
-def read_text(path: str) -> str:
-    """The file's text, empty where it cannot be read."""
+def read_bytes(path: str) -> bytes:
+    """The file's content, empty where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8", "replace")
+            return file.read()
     except OSError:
-        return ""
+        return b""
+
+
+def read_text(path: str) -> str:
+    return read_bytes(path).decode("utf-8", "replace")
 
 
 def write_json(folder: str, name: str, value: object, durable: bool = False) -> bool:
@@ -398,10 +404,10 @@ def children() -> list[int]:
     return found
 
 
-def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot: with the pid, its identity."""
-    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 else None
+def is_supervisor(pid: int) -> bool:
+    """Whether it supervises a job of its own, submitted by the program: that one outlives its submitter."""
+    said = read_bytes(f"/proc/{pid}/comm") + read_bytes(f"/proc/{pid}/cmdline")
+    return any(name in said for name in SUPERVISOR_NAMES)
 
 
 # -------------------------------------------------------------------------------------------------------- execution
@@ -475,18 +481,13 @@ class Execution:
         with suppress(OSError):  # the system's limit for pipes may be lower; only speed depends on it
             fcntl.fcntl(write, getattr(fcntl, "F_SETPIPE_SZ", 1031), READ_BYTES)
         become_subreaper()
+        token = os.urandom(16).hex()
         try:
-            self.pid = start(self.command, environment(self.command, self.secrets), write)
+            self.pid = start(self.command, environment(self.command, {**self.secrets, TOKEN_VARIABLE: token}), write)
         finally:
             os.close(write)
         self.output = read
-        started = {
-            "pid": self.pid,
-            "start_ticks": start_ticks(self.pid),
-            "boot_id": read_text("/proc/sys/kernel/random/boot_id").strip(),
-            "execute_pid": os.getpid(),
-            "started_at": self.started_at,
-        }
+        started = {"pid": self.pid, "token": token, "execute_pid": os.getpid(), "started_at": self.started_at}
         write_json(self.folder, "started.json", started)
 
     def _drain(self) -> None:
@@ -502,7 +503,7 @@ class Execution:
         """Kill what is left of the process group and whatever else came back to us; take what the pipe still holds."""
         self._kill_group(signal.SIGKILL)
         for _ in range(200):
-            left = children()
+            left = [pid for pid in children() if not is_supervisor(pid)]
             if not left:
                 break
             for pid in left:

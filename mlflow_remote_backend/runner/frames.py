@@ -13,15 +13,26 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
+
+from .spool import SpoolReader
 
 MARK = b"mlr1"
 MAX_LINE_BYTES = 7 * 1024
 PAYLOAD_BYTES = 5 * 1024  # 6828 in base64, and room for the head
 HEARTBEAT_S = 30.0
+
+PIECE_BYTES = 256 * 1024
+MAX_LAG_BYTES = 32 * 1024 * 1024  # further behind than this, the live view skips to what is new
+BUSY_POLL_S = 0.025
+IDLE_POLL_S = 0.1
+CLOSE_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,24 @@ def end_frame(attempt: int, fields: Mapping[str, Any]) -> bytes:
 
 
 def _with_fields(kind: str, attempt: int, fields: Mapping[str, Any]) -> bytes:
-    """Long texts are cut until the line is short enough."""
-    longest = MAX_LINE_BYTES // 2
+    room = MAX_LINE_BYTES - 64
+    return b"%s %s %d %s\n" % (MARK, kind.encode(), attempt, shortened_json(fields, room).encode("ascii"))
+
+
+def shortened_json(fields: Mapping[str, Any], max_bytes: int) -> str:
+    """The fields as ASCII JSON of at most that length; texts and lists are cut as far as that takes."""
+    longest = max_bytes
     while True:
-        short = {key: value[:longest] if isinstance(value, str) else value for key, value in fields.items()}
-        line = b"%s %s %d %s\n" % (MARK, kind.encode(), attempt, json.dumps(short).encode("ascii"))
-        if len(line) <= MAX_LINE_BYTES or longest < 16:
-            return line
+        text = json.dumps({key: _short(value, longest) for key, value in fields.items()})
+        if len(text) <= max_bytes or longest < 8:
+            return text
         longest //= 2
+
+
+def _short(value: Any, longest: int) -> Any:
+    if isinstance(value, list):
+        return [_short(each, longest) for each in value[: longest // 64]]
+    return value[:longest] if isinstance(value, str) else value
 
 
 def parse_frame(line: bytes) -> Frame | None:
@@ -85,3 +106,62 @@ def parse_frame(line: bytes) -> Frame | None:
     except (ValueError, binascii.Error):
         pass
     return None
+
+
+class FrameWriter(threading.Thread):
+    """Writes a growing log as frames, in a thread of its own: a slow reader delays nothing else.
+
+    Too far behind, it skips to what is new: the reader sees a gap between offsets.
+    """
+
+    def __init__(self, log: SpoolReader, out: BinaryIO, attempt: int) -> None:
+        super().__init__(name="frames", daemon=True)
+        self._log = log
+        self._out = out
+        self._attempt = attempt
+        self._offset = log.start()
+        self._phases: list[str] = []
+        self._ending = threading.Event()
+        self._next_beat = 0.0
+
+    def phase(self, phase: str) -> None:
+        """Tell a new phase with the next frames."""
+        self._phases.append(phase)
+
+    def run(self) -> None:
+        pause = BUSY_POLL_S
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more: the stored log has everything
+            while not self._ending.wait(pause):
+                pause = BUSY_POLL_S if self._pump() else min(pause * 1.1, IDLE_POLL_S)
+
+    def close(self, fields: Mapping[str, Any]) -> None:
+        """The rest of the log, then the end frame. Blocks while the reader takes it, within reason."""
+        self._ending.set()
+        self.join(CLOSE_PATIENCE_S)
+        if self.is_alive():
+            return
+        with contextlib.suppress(OSError, ValueError):
+            while self._pump():
+                pass
+            self._out.write(end_frame(self._attempt, fields))
+            self._out.flush()
+
+    def _pump(self) -> bool:
+        """Write what is new, or a heartbeat if it is time. True if there was something new."""
+        lines = [phase_frame(self._attempt, self._phases.pop(0)) for _ in range(len(self._phases))]
+        lines += self._new_log()
+        now, new = time.monotonic(), bool(lines)
+        if not new and now >= self._next_beat:
+            lines.append(beat_frame(self._attempt, self._log.size()))
+        if lines:
+            self._out.writelines(lines)
+            self._out.flush()
+            self._next_beat = now + HEARTBEAT_S
+        return new
+
+    def _new_log(self) -> list[bytes]:
+        self._offset = max(self._offset, self._log.start(), self._log.size() - MAX_LAG_BYTES)
+        data = self._log.read(self._offset, PIECE_BYTES)
+        lines = list(log_frames(self._attempt, self._offset, data))
+        self._offset += len(data)
+        return lines

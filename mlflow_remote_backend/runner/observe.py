@@ -1,67 +1,47 @@
-"""Watch a running job through its spool, bring its log and outputs into its run, and write the one final status.
+"""Watch a running job through its spool, bring its log into its run while it grows, and see to its end.
 
 Three threads while the program runs, so that none waits for another: the caller's looks at the spool every 50 ms; one
 uploads the log; one talks to the run (phase, cancel, deletion). A fourth writes frames where somebody reads them.
-Nothing here can slow the program: it writes to the spool, whatever the tracking server does.
+Nothing here can slow the program: it writes to the spool, whatever the tracking server does. How it ends is in
+``finalise.py``.
 
-At the end, in this order: the rest of the log, ``logs/error.txt`` on failure, outputs, tags and timings, the terminal
-status over whatever the user's code wrote, and last the tag ``.finalized``. Each step is repeated while the tracking
-server is away, up to ``finalize_timeout``; then ``final.json`` in the spool says what is pending, and
-:func:`finish` in any later process goes on from there. Every step may be done twice without harm.
+Called by the supervisor of a job on this machine; on Kubernetes this module is the sidecar's program.
 
 The stored log is the program's output byte for byte: nothing in it is masked.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
 import os
 import random
-import socket
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-from ..job import JobSpec, Phase, Reason
-from . import failure, frames, outputs
-from .outputs import Problem
+from ..errors import JobError
+from ..job import JobSpec, Phase
+from . import envelope, frames
+from .finalise import RUNNER, Job, Outcome, finish_job, runner_name, summary
 from .parts import LogUploader
-from .record import Backoff, RecordError, RunRecord, Trouble, persist
-from .spool import ExitRecord, Prepared, Spool, kill_orphans, read_json, write_json
-from .verdict import Verdict, classify, will_retry
+from .record import Backoff, RecordError, RunRecord, Trouble
+from .spool import Spool
 
 POLL_S = 0.05
 LAST_WORDS_S = 2.0  # for the exit record of an execute that is gone: it may still be on its way from a container
 UPLOAD_LOOK_S = 0.5
-TAGS_EVERY_S = 10.0  # plus up to half of it, so that many runs do not ask at once
+TELL_S = 0.2  # how late a change of phase may be told
+LOOK_S = 10.0  # at the run, plus up to half of it, so that many runs do not ask at once
 GONE_LOOKS = 2  # a run must be missing twice before its program is stopped
-FRAME_PIECE_BYTES = 256 * 1024
-FRAME_LAG_BYTES = 32 * 1024 * 1024  # further behind than this, the live view skips to what is new
-FRAME_IDLE_S = 0.1
-NOT_STORED = "remote/outputs_not_stored.txt"
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the observation ended. ``finalized``: the run has its final status. ``retry``: it has none on purpose, since
-    another attempt follows. ``gone``: the run was deleted. ``pending``: what is not in the run yet, for people."""
-
-    verdict: Verdict
-    finalized: bool = False
-    retry: bool = False
-    gone: bool = False
-    pending: tuple[str, ...] = ()
-
-
-def runner_name() -> str:
-    """Who this process is in ``.owner`` and ``.finalized``."""
-    return f"runner:{socket.gethostname()}:{os.getpid()}"
+EXIT_RETRY = 75  # EX_TEMPFAIL: another attempt is to follow; the rules of a Kubernetes Job look for it
+EXIT_PENDING = 74  # EX_IOERR: something is not in the run
+TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' limit for one container
 
 
 def observe(
@@ -77,50 +57,23 @@ def observe(
     owner: str = "",
     last_chance: bool = False,
 ) -> Outcome:
-    """Watch the job in ``spool_dir`` to its end and finalise its run. Blocks for as long as that takes; never raises
+    """Watch the job in ``spool_dir`` to its end and finalise its run. Blocks for as long as that takes; raises nothing
     for what the tracking server does.
 
-    ``work_dir``: where the program's output folders are (default: its working folder). ``alive``: whether execute, or
-    prepare before it, may still write to the spool; asked about twenty times a second; default: its lock in the spool.
-    ``attempt``: counts from 0. ``last_chance``: nobody will come back to this spool, so that at ``finalize_timeout``
-    the run is ended as FINALIZE_INCOMPLETE if something could not be uploaded but the tracking server answers.
+    ``alive``: whether execute, or prepare before it, may still write to the spool; asked about twenty times a second.
+    Default: execute's lock. ``on_phase`` hears of running, finalizing and done. ``frames_to``: gets frames of the log.
+    The others: see :class:`~.finalise.Job`.
     """
-    job = Job(spec, Spool(spool_dir), record, work_dir, attempt, owner or runner_name())
-    watch = _Watch(job, alive or _lock_held(job.spool), on_phase, frames_to)
+    job = Job(spec, Spool(spool_dir), record, owner or runner_name(), work_dir, attempt, last_chance)
+    writer = frames.FrameWriter(job.spool.log, frames_to, attempt) if frames_to is not None else None
+    watch = _Watch(job, alive or _lock_held(job.spool), on_phase, writer)
     watch.run()
-    outcome = _finish(job, watch.uploader, on_phase, watch.gone, last_chance)
-    watch.close(outcome)
+    outcome = finish_job(job, watch.uploader, gone=watch.gone)
+    if outcome.finalized:
+        on_phase(Phase.DONE.value)
+    if writer is not None:
+        writer.close(summary(outcome))
     return outcome
-
-
-def finish(
-    spec: JobSpec,
-    spool_dir: Path,
-    record: RunRecord,
-    *,
-    work_dir: Path | None = None,
-    attempt: int = 0,
-    owner: str = "",
-    last_chance: bool = False,
-) -> Outcome:
-    """Do what is left to do at the end of a job whose program and runner are dead: from its spool alone. Idempotent."""
-    job = Job(spec, Spool(spool_dir), record, work_dir, attempt, owner or runner_name())
-    with contextlib.suppress(RecordError):
-        record.log({"owner": job.owner})
-    uploader = LogUploader(job.spool, record, attempt=attempt)
-    return _finish(job, uploader, lambda phase: None, False, last_chance)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is observed, and by whom."""
-
-    spec: JobSpec
-    spool: Spool
-    record: RunRecord
-    work_dir: Path | None
-    attempt: int
-    owner: str
 
 
 def _lock_held(spool: Spool) -> Callable[[], bool]:
@@ -128,394 +81,179 @@ def _lock_held(spool: Spool) -> Callable[[], bool]:
     return lambda: spool.execute_lives() is not False
 
 
-# -------------------------------------------------------------------------------------------------- while it runs
-
-
 class _Watch:
     """The threads that watch one job."""
 
     def __init__(
-        self, job: Job, alive: Callable[[], bool], on_phase: Callable[[str], object], frames_to: BinaryIO | None
+        self,
+        job: Job,
+        alive: Callable[[], bool],
+        on_phase: Callable[[str], object],
+        writer: frames.FrameWriter | None,
     ) -> None:
         self.uploader = LogUploader(job.spool, job.record, attempt=job.attempt)
         self.gone = False
         self._job = job
         self._alive = alive
         self._on_phase = on_phase
+        self._writer = writer
         self._phase = Phase.PREPARING
         self._ended = threading.Event()
-        self._frames = _Frames(job.spool, frames_to, job.attempt) if frames_to is not None else None
-        self._threads = [
-            threading.Thread(target=self._upload_log, name="log upload", daemon=True),
-            threading.Thread(target=self._talk_to_run, name="run tags", daemon=True),
-        ]
 
     def run(self) -> None:
         """Return when the program has ended, however, and the threads have let go of the tracking server."""
-        if self._frames is not None:
-            self._frames.start()
-        for thread in self._threads:
+        threads = [
+            threading.Thread(target=self._upload_log, name="log upload", daemon=True),
+            threading.Thread(target=self._talk_to_run, name="run tags", daemon=True),
+        ]
+        for thread in threads:
             thread.start()
+        if self._writer is not None:
+            self._writer.start()
         while not self._has_ended():
             time.sleep(POLL_S)
         self._enter(Phase.FINALIZING)
         self._ended.set()
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
-        started = self._job.spool.started()
-        if started is not None and self._job.spool.exit() is None:
-            kill_orphans(started)
-
-    def close(self, outcome: Outcome) -> None:
-        if self._frames is not None:
-            self._frames.close(outcome)
 
     def _has_ended(self) -> bool:
         spool, alive = self._job.spool, self._alive()
-        if spool.exit() is not None:
-            return True
-        prepared = spool.prepared()
-        if prepared is not None and prepared.failed:
-            return True
-        if self._phase is Phase.PREPARING and spool.started() is not None:
-            self._enter(Phase.RUNNING)
-        return not alive and not self._wait_for_exit()
+        if self._phase is Phase.PREPARING:
+            if spool.started() is not None:
+                self._enter(Phase.RUNNING)
+            elif (prepared := spool.prepared()) is not None and prepared.failed:
+                return True
+        return spool.exit() is not None or not (alive or self._exit_comes())
 
-    def _wait_for_exit(self) -> bool:
-        """Whether the exit record of an execute that is gone still comes."""
-        if self._job.spool.started() is None:
-            return False
+    def _exit_comes(self) -> bool:
+        """Whether the exit record of an execute that is gone still arrives."""
         until = time.monotonic() + LAST_WORDS_S
-        while self._job.spool.exit() is None:
-            if time.monotonic() > until:
-                return False
+        while self._phase is Phase.RUNNING and self._job.spool.exit() is None and time.monotonic() < until:
             time.sleep(POLL_S)
-        return True
+        return self._job.spool.exit() is not None
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
         self._on_phase(phase.value)
-        if self._frames is not None:
-            self._frames.phase(phase.value)
+        if self._writer is not None:
+            self._writer.phase(phase.value)
 
     # -- the log
 
     def _upload_log(self) -> None:
-        backoff = Backoff()
-        pause = UPLOAD_LOOK_S
-        while not self._ended.wait(pause):
+        backoff, pause = Backoff(), UPLOAD_LOOK_S
+        while not self._ended.wait(pause) and not self.gone:
             try:
                 self.uploader.step()
+            except (RecordError, OSError):  # the server is away, or the spool's disk is full: execute waits too
+                pause = backoff.pause_s()
+            else:
                 backoff.reset()
                 pause = UPLOAD_LOOK_S
-            except RecordError:
-                pause = backoff.pause_s()
-            except OSError:  # the spool's disk is full: execute waits too
-                pause = backoff.pause_s()
 
     # -- the run
 
     def _talk_to_run(self) -> None:
-        """Claim the run, tell its phase, and look from time to time whether it is to be stopped."""
-        told: dict[str, str] = {}
-        missing, next_look, backoff, pause = 0, 0.0, Backoff(), 0.0
+        """Claim the run, tell its phase, and look from time to time whether the program is to be stopped."""
+        told, missing, next_look, backoff, pause = None, 0, 0.0, Backoff(), 0.0
         while not self._ended.wait(pause):
-            pause = POLL_S * 4
-            wanted = {"owner": self._job.owner, "attempt": str(self._job.attempt), "phase": self._phase.value}
             try:
-                if wanted != told:
-                    self._job.record.log({k: v for k, v in wanted.items() if told.get(k) != v})
-                    told = wanted
+                self._job.claim()
+                if told is not (phase := self._phase):
+                    self._job.record.log({"phase": phase.value})
+                    told = phase
                 if time.monotonic() >= next_look:
-                    next_look = time.monotonic() + TAGS_EVERY_S * random.uniform(1.0, 1.5)
                     missing = missing + 1 if self._look() else 0
+                    next_look = time.monotonic() + (0 if missing else LOOK_S * random.uniform(1.0, 1.5))
                 backoff.reset()
+                pause = TELL_S
             except RecordError as error:
                 missing = missing + 1 if error.trouble is Trouble.GONE else 0
                 pause = backoff.pause_s()
-            if missing >= GONE_LOOKS:
+            if missing >= GONE_LOOKS and not self.gone:
                 self.gone = True
                 self._job.spool.request_cancel()
 
     def _look(self) -> bool:
-        """Look at the run; pass on a wish to cancel. True if the run was deleted."""
+        """Look at the run; stop the program where somebody wants that, or has ended the run. True if it is deleted."""
         look = self._job.record.look()
-        if "cancel_requested" in look.tags:
+        if "cancel_requested" in look.tags or look.tags.get("finalized"):
             self._job.spool.request_cancel()
         return look.deleted
 
 
-class _Frames(threading.Thread):
-    """Writes frames of the log as it grows. A slow reader delays only this thread."""
-
-    def __init__(self, spool: Spool, out: BinaryIO, attempt: int) -> None:
-        super().__init__(name="frames", daemon=True)
-        self._log = spool.log
-        self._out = out
-        self._attempt = attempt
-        self._offset = spool.log.start()
-        self._news: list[bytes] = []
-        self._ending = threading.Event()
-        self._next_beat = 0.0
-
-    def phase(self, phase: str) -> None:
-        self._news.append(frames.phase_frame(self._attempt, phase))
-
-    def run(self) -> None:
-        pause = POLL_S
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more: the stored log has everything
-            while not self._ending.wait(pause):
-                pause = POLL_S / 2 if self._pump() else min(pause * 1.2, FRAME_IDLE_S)
-
-    def _pump(self) -> bool:
-        """Write what is new. True if there was something."""
-        news, self._news = self._news, []
-        for line in news:
-            self._out.write(line)
-        wrote = bool(news) or self._write_log()
-        if wrote or time.monotonic() >= self._next_beat:
-            if not wrote:
-                self._out.write(frames.beat_frame(self._attempt, self._log.size()))
-            self._next_beat = time.monotonic() + frames.HEARTBEAT_S
-            self._out.flush()
-        return wrote
-
-    def _write_log(self) -> bool:
-        data = self._log.read(self._offset, FRAME_PIECE_BYTES)
-        if not data:
-            start = self._log.start()
-            if start <= self._offset:
-                return False
-            self._offset = start  # dropped before we came: the stored parts have it
-            return True
-        for line in frames.log_frames(self._attempt, self._offset, data):
-            self._out.write(line)
-        self._offset += len(data)
-        behind = self._log.size() - self._offset
-        if behind > FRAME_LAG_BYTES:
-            self._offset += behind - FRAME_PIECE_BYTES
-        return True
-
-    def close(self, outcome: Outcome) -> None:
-        """The rest of the log, then the end frame. Waits for the reader."""
-        self._ending.set()
-        self.join()
-        with contextlib.suppress(OSError, ValueError):
-            while self._pump():
-                pass
-            self._out.write(frames.end_frame(self._attempt, summary(outcome)))
-            self._out.flush()
+# ------------------------------------------------------------------------------------------------------ the sidecar
 
 
-# ------------------------------------------------------------------------------------------------------- at the end
+def main(argv: Sequence[str] | None = None) -> int:
+    """The sidecar: observe one spool; frames go to stdout, the outcome to ``--termination-log``.
 
-
-def summary(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as plain data: for the end frame, ``final.json`` and a container's termination message."""
-    verdict = outcome.verdict
-    return {
-        "reason": verdict.reason.value,
-        "message": verdict.message,
-        "exit_code": verdict.exit_code,
-        "status": verdict.status,
-        "words": verdict.words,
-        "hint": verdict.hint,
-        "finalized": outcome.finalized,
-        "retry": outcome.retry,
-        "gone": outcome.gone,
-        "pending": list(outcome.pending),
-    }
-
-
-def _finish(
-    job: Job, uploader: LogUploader, on_phase: Callable[[str], object], gone: bool, last_chance: bool
-) -> Outcome:
-    """The end of a job, from verdict to final status; leaves ``final.json`` in the spool."""
-    verdict = _verdict(job)
-    outcome = Outcome(verdict, gone=gone)
-    _save(job, outcome)
-    if not gone:
-        end = _End(job, uploader, verdict, time.monotonic() + job.spec.limits.finalize_timeout_s, last_chance)
-        outcome = end.run()
-        _save(job, outcome)
-    if outcome.finalized:
-        on_phase(Phase.DONE.value)
-    return outcome
-
-
-def _save(job: Job, outcome: Outcome) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the next process derives it again
-        write_json(job.spool.path / "final.json", summary(outcome), durable=True)
-
-
-def _verdict(job: Job) -> Verdict:
-    """The verdict that an earlier process reached, or ours."""
-    saved = read_json(job.spool.path / "final.json")
-    if saved is not None and saved.get("reason") in Reason.__members__:
-        return Verdict(
-            Reason(saved["reason"]),
-            saved.get("message", ""),
-            saved.get("exit_code"),
-            saved.get("words", ""),
-            saved.get("hint", ""),
-        )
-    spool = job.spool
-    return classify(
-        spool.exit(),
-        spool.vitals(),
-        spool.prepared(),
-        cancel_requested=spool.cancel_requested() or _cancel_tagged(job.record),
-        limits=job.spec.limits,
-    )
-
-
-def _cancel_tagged(record: RunRecord) -> bool:
+    Exits with 0 when the run has its final status (or was deleted), EXIT_RETRY where another attempt is to follow,
+    EXIT_PENDING where something could not be brought into the run.
+    """
+    options = _options(argv)
+    told_to_end = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: told_to_end.set())
     try:
-        return "cancel_requested" in record.look().tags
-    except RecordError:
-        return False
+        spec = envelope.load(Path(options.envelope).read_bytes())
+    except (JobError, OSError) as error:
+        return _refuse(options.termination_log, error)
+    spool = Spool.create(Path(options.spool), mode=0o2770)
+    # Only our descriptor writes frames: whatever a library prints goes to stderr.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=1 << 16) as out, RunRecord(spec.run) as record:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        outcome = observe(
+            spec,
+            spool.path,
+            record,
+            work_dir=Path(options.work) if options.work else None,
+            alive=_sidecar_alive(spool, told_to_end),
+            frames_to=out,
+            attempt=options.attempt,
+            owner=options.owner,
+            last_chance=True,
+        )
+    _leave_message(options.termination_log, summary(outcome))
+    if outcome.retry:
+        return EXIT_RETRY
+    return 0 if outcome.finalized or outcome.gone else EXIT_PENDING
 
 
-class _End:
-    """The steps of the end, in their order. What cannot be done is noted as pending; the rest is done all the same."""
+def _sidecar_alive(spool: Spool, told_to_end: threading.Event) -> Callable[[], bool]:
+    """Kubernetes ends a sidecar after the main container: from then on only a held lock says that execute lives."""
+    lock_held = _lock_held(spool)
+    return lambda: bool(spool.execute_lives()) if told_to_end.is_set() else lock_held()
 
-    def __init__(self, job: Job, uploader: LogUploader, verdict: Verdict, until: float, last_chance: bool) -> None:
-        self._job = job
-        self._uploader = uploader
-        self._verdict = verdict
-        self._until = until
-        self._last_chance = last_chance
-        self._began = time.monotonic()
-        self._pending: list[str] = []
-        self._lost: list[Problem] = []
 
-    def run(self) -> Outcome:
-        retry = will_retry(self._verdict, self._job.spec.retry, self._job.attempt)
-        self._try("phase", lambda: self._job.record.log({"phase": Phase.FINALIZING.value}), patient=False)
-        self._try("the log", lambda: self._uploader.step(final=True))
-        if self._verdict.reason is not Reason.OK:
-            self._try("logs/error.txt", self._upload_error)
-        if retry:
-            return self._outcome(retry=True)
-        self._upload_outputs()
-        if self._pending and not self._last_chance:
-            return self._outcome()
-        try:
-            return self._write_status()
-        except RecordError as error:
-            if error.trouble is Trouble.GONE:
-                return self._outcome(gone=True)
-            self._pending.append(f"the final status ({error.code}: {error.words})")
-            return self._outcome()
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    environ = os.environ
+    uid = environ.get("MLFLOW_REMOTE_POD_UID")
+    parser = argparse.ArgumentParser(prog="observe", description="Watch a job through its spool and finalise its run.")
+    parser.add_argument("--envelope", required=True, help="file with the job's envelope")
+    parser.add_argument("--spool", required=True, help="folder shared with prepare and execute")
+    parser.add_argument("--work", default="", help="folder where the program runs (default: as its command says)")
+    parser.add_argument("--attempt", type=int, default=int(environ.get("MLFLOW_REMOTE_ATTEMPT") or 0))
+    parser.add_argument("--owner", default=RUNNER + uid if uid else "", help="who we are in the tag .owner")
+    parser.add_argument("--termination-log", default="/dev/termination-log", help="where Kubernetes reads the outcome")
+    return parser.parse_args(argv)
 
-    def _outcome(self, *, finalized: bool = False, retry: bool = False, gone: bool = False) -> Outcome:
-        return Outcome(self._verdict, finalized=finalized, retry=retry, gone=gone, pending=tuple(self._pending))
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        return persist(action, self._until)
+def _refuse(termination_log: str, error: JobError | OSError) -> int:
+    words = getattr(error, "words", "") or str(error)
+    what = getattr(error, "what", "The job's envelope cannot be read.")
+    _leave_message(termination_log, {"reason": "BOOTSTRAP", "message": what, "words": words, "finalized": False})
+    print(f"{what} {words}", file=sys.stderr)
+    return EXIT_PENDING
 
-    def _try(self, what: str, action: Callable[[], object], *, patient: bool = True) -> None:
-        """Do one step; where it stays impossible note it as pending, and go on."""
-        try:
-            if patient:
-                self._patiently(action)
-            else:
-                action()
-        except RecordError as error:
-            if patient:
-                self._pending.append(f"{what} ({error.code}: {error.words})")
 
-    # -- the steps
+def _leave_message(path: str, fields: dict[str, Any]) -> None:
+    """The outcome where Kubernetes keeps it with the pod's status, which outlives log and tracking server."""
+    with contextlib.suppress(OSError):
+        if os.path.exists(path):  # else this is no pod
+            Path(path).write_text(frames.shortened_json(fields, TERMINATION_MESSAGE_BYTES))
 
-    def _upload_error(self) -> None:
-        log = self._job.spool.log
-        log_end = log.read(max(0, log.size() - failure.LOOK_BACK_BYTES), failure.LOOK_BACK_BYTES)
-        text = failure.error_text(self._verdict, log_end)
-        self._job.record.upload(text.encode("utf-8", "replace"), "logs/error.txt")
 
-    def _upload_outputs(self) -> None:
-        command = self._job.spool.command()
-        work_dir = self._job.work_dir or (Path(command.cwd) if command is not None and command.cwd else None)
-        if work_dir is None:
-            return
-        found = outputs.find(work_dir, self._job.spec.outputs)
-        problems = outputs.upload_all(self._job.record, found, self._patiently)
-        self._lost = [each for each in problems if not each.temporary]
-        self._pending += [f"{each.name} ({each.why})" for each in problems if each.temporary]
-        if self._lost:
-            text = "".join(f"{each.name}: {each.why}\n" for each in self._lost)
-            self._try(NOT_STORED, lambda: self._job.record.upload(text.encode(), NOT_STORED))
-
-    def _write_status(self) -> Outcome:
-        """The run's end, unless somebody else wrote it already or owns the run by now."""
-        look = self._patiently(self._job.record.look)
-        if look.deleted:
-            return self._outcome(gone=True)
-        if look.tags.get("finalized"):
-            return self._outcome(finalized=True)
-        if look.tags.get("owner", self._job.owner) != self._job.owner and self._owned_by_runner(look.tags["owner"]):
-            self._pending.append(f"nothing: the run belongs to {look.tags['owner']} by now")
-            return self._outcome()
-        if self._pending:
-            self._give_up()
-        tags, metrics = self._tags(), self._metrics()
-        self._patiently(lambda: self._job.record.log(tags, metrics))
-        self._patiently(lambda: self._job.record.end(self._verdict.status))
-        last = {"phase": Phase.DONE.value, "finalized": self._job.owner}
-        self._patiently(lambda: self._job.record.log(last))
-        return self._outcome(finalized=True)
-
-    @staticmethod
-    def _owned_by_runner(owner: str) -> bool:
-        return owner.startswith("runner:")
-
-    def _give_up(self) -> None:
-        """Nobody will come back: a good end whose results are not all in the run is no good end."""
-        missing = "; ".join(self._pending)
-        if self._verdict.reason is Reason.OK:
-            message = f"The program exited with code 0, but this could not be uploaded: {missing}."
-            self._verdict = dataclasses.replace(self._verdict, reason=Reason.FINALIZE_INCOMPLETE, message=message)
-        else:
-            self._verdict = dataclasses.replace(
-                self._verdict, message=f"{self._verdict.message} This could not be uploaded: {missing}."
-            )
-
-    def _tags(self) -> dict[str, str]:
-        message = self._verdict.message
-        if self._lost:
-            first = ", ".join(each.name for each in self._lost[:3])
-            message += f" {len(self._lost)} output file(s) could not be stored ({first}): {NOT_STORED} says why."
-        tags = {"reason": self._verdict.reason.value, "message": message}
-        if self._verdict.exit_code is not None:
-            tags["exit_code"] = str(self._verdict.exit_code)
-        if self._verdict.reason is Reason.OK and self._job.spec.register_model:
-            tags.update(self._register_model())
-        return tags
-
-    def _metrics(self) -> dict[str, float]:
-        spool = self._job.spool
-        exit_record: ExitRecord | None = spool.exit()
-        prepared = spool.prepared() or Prepared()
-        seconds = {name: float(value) for name, value in prepared.seconds.items()}
-        if exit_record is not None and exit_record.error is None:
-            seconds["run"] = exit_record.seconds
-        seconds["upload"] = time.monotonic() - self._began
-        return {f"remote/seconds_{name}": value for name, value in seconds.items()}
-
-    def _register_model(self) -> dict[str, str]:
-        """Tags that say what became of ``register_model``. Its failure is never the run's."""
-        spec, wish = self._job.spec, self._job.spec.register_model or {}
-        tags = {str(key): str(value) for key, value in (wish.get("tags") or {}).items()}
-        tags |= {
-            "mlflow_remote.run_id": spec.run.run_id,
-            "mlflow_remote.snapshot": spec.snapshot.digest,
-            "mlflow_remote.environment": spec.environment.lock_key,
-        }
-        name, path = str(wish.get("name", "")), str(wish.get("path") or "model")
-        try:
-            version = self._patiently(
-                lambda: self._job.record.register_model(name, path, alias=str(wish.get("alias") or ""), tags=tags)
-            )
-        except RecordError as error:
-            return {"register_error": f"{error.what} {error.words}"}
-        return {"model_version": f"{name}/{version}"}
+if __name__ == "__main__":
+    sys.exit(main())

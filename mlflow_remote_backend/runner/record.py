@@ -164,46 +164,28 @@ class RunRecord:
     def register_model(self, name: str, path: str, *, alias: str, tags: Mapping[str, str]) -> str:
         """Make a version of the registered model ``name`` from what the run logged under ``path``; return its number.
 
-        The model is made where it does not exist. A version that this run made before is taken instead of another one.
+        The model is made where it does not exist. A version that an earlier call made for this run is taken instead.
         """
-        return self._call(f"registering model {name}", lambda client: self._register(client, name, path, alias, tags))
 
-    def _register(self, client: Any, name: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
-        source, model_id = self._model_source(client, path)
-        earlier = [each for each in self._versions(client, name) if each.source == source]
-        if earlier:
-            version = str(earlier[0].version)
-        else:
-            made = client.create_model_version(
-                name, source, run_id=self.run.run_id, tags=dict(tags), **({"model_id": model_id} if model_id else {})
-            )
-            version = str(made.version)
-        if alias:
-            client.set_registered_model_alias(name, alias, version)
-        return version
+        def register(client: Any) -> str:
+            version = self._registered(client, name) or self._register(name, path, tags)
+            if alias:
+                client.set_registered_model_alias(name, alias, version)
+            return version
 
-    def _versions(self, client: Any, name: str) -> list[Any]:
-        """Versions of the model that this run made already; the model itself is created if need be."""
-        from mlflow.exceptions import MlflowException
+        return self._call(f"registering model {name!r} from {path!r}", register)
 
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
-                raise
-        quoted = name.replace("'", "''")
-        return [v for v in client.search_model_versions(f"name = '{quoted}'") if v.run_id == self.run.run_id]
+    def _registered(self, client: Any, name: str) -> str:
+        versions = client.search_model_versions(f"name = '{name}' and run_id = '{self.run.run_id}'")
+        return next((str(v.version) for v in versions if v.tags.get(PREFIX + "run_id") == self.run.run_id), "")
 
-    def _model_source(self, client: Any, path: str) -> tuple[str, str]:
-        """Where the model lies, and its id: MLflow 3 keeps logged models beside the run, older ones as its artifact."""
-        run = client.get_run(self.run.run_id)
-        if "search_logged_models" in dir(client):
-            found = client.search_logged_models(
-                [run.info.experiment_id], filter_string=f"source_run_id = '{self.run.run_id}' AND name = '{path}'"
-            )
-            if found:
-                return str(found[0].artifact_location), str(found[0].model_id)
-        return f"{run.info.artifact_uri.rstrip('/')}/{path}", ""
+    def _register(self, name: str, path: str, tags: Mapping[str, str]) -> str:
+        """By the fluent function: it alone finds a model that MLflow 3 keeps beside the run."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self.run.tracking_uri)  # the runner's process serves this one run
+        uri = f"runs:/{self.run.run_id}/{path}"
+        return str(mlflow.register_model(uri, name, await_registration_for=0, tags=dict(tags)).version)
 
 
 # ----------------------------------------------------------------------------------------------------------- patience

@@ -66,12 +66,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Started:
-    """The running command. ``pid`` is its process group and session too; with ``start_ticks`` and ``boot_id`` it is
-    an identity that no later process shares. ``started_at``: wall clock, seconds since 1970."""
+    """The running command. ``pid`` is its process group and session too. ``token``: unique, the value of
+    MLFLOW_REMOTE_EXECUTION in its environment. ``started_at``: wall clock, seconds since 1970."""
 
     pid: int = 0
-    start_ticks: int | None = None
-    boot_id: str = ""
+    token: str = ""
     execute_pid: int = 0
     started_at: float = 0.0
 
@@ -345,18 +344,13 @@ def secrets_script(values: Mapping[str, str]) -> str:
 
 
 def kill_orphans(started: Started) -> None:
-    """Kill the process group of a program whose execute was killed. Only on the machine where it runs, and only where
-    the group's leader is still the very process that execute started."""
-    if started.pid > 1 and process_is(started.pid, started.start_ticks, started.boot_id):
-        with contextlib.suppress(OSError):
-            os.killpg(started.pid, signal.SIGKILL)
+    """Kill what is left of a program whose execute was killed. Does nothing where the program ran in another place.
 
-
-def process_is(pid: int, start_ticks: int | None, boot_id: str) -> bool:
-    """Whether the process ``pid`` of this machine is the one with that start time, in the same boot."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return boot == boot_id and int(fields[19]) == start_ticks
+    Processes are known by their session and by the token in their environment, which together no other one has.
+    """
+    token = f"MLFLOW_REMOTE_EXECUTION={started.token}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            session = (folder / "stat").read_text().rpartition(")")[2].split()[3]
+            if session == str(started.pid) and token in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
