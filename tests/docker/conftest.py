@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from mlflow_remote_backend.compute.docker import request as docker_request
@@ -31,6 +32,36 @@ DEADLINE_S = 60
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     return Engine.connect(Endpoint.from_options({}, os.environ))
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """The SDK's own client, for what we never ask an engine."""
+    with docker.APIClient(version="auto", **Endpoint.from_options({}, os.environ).arguments()) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def shell_image() -> str:
+    """An image with a POSIX shell and no Python."""
+    return SHELL_IMAGE
+
+
+@pytest.fixture
+def image_with(client: Any, engine: Engine) -> Iterator[Callable[..., str]]:
+    """``image_with("name", User="nobody")``: the Python image with another configuration; gone after the test."""
+    made: list[str] = []
+
+    def make(name: str, base: str = PYTHON_IMAGE, **config: Any) -> str:
+        container = client.create_container_from_config({"Image": base, "Cmd": ["true"]})["Id"]
+        client.commit(container, f"mlflow-remote-test/{name}", "1", conf=config)
+        client.remove_container(container)
+        made.append(f"mlflow-remote-test/{name}:1")
+        return made[-1]
+
+    yield make
+    for name in made:
+        engine.remove_image(name)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +138,7 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def make_job(tmp_path: Path) -> MakeJob:
-    """``make_job(command, files={...}, options={...}, secrets={...}, **fields of JobSpec)`` -> Job, prepared nowhere yet."""
+    """``make_job(command, files={...}, options={...}, secrets={...}, **fields of JobSpec)`` -> Job, not started."""
 
     def make(
         command: str,

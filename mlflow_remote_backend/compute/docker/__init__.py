@@ -4,7 +4,8 @@
     request.py      JobSpec -> the container's document; pure
     arguments.py    ``docker run``'s arguments (-A) -> that document; pure
     reach.py        can the container reach the tracking store? what must be mounted?
-    program.py      what the supervisor does: make the container, start it, watch it, bring home what it left
+    program.py      what the supervisor does: make the container, hand it everything, start it
+    watch.py        and then: watch it, stop it, bring home what it left
     mirror.py       the container's spool -> the run folder's; tail.py and scripts.py are its other end
     copying.py      folders in and out as tar streams
     images.py       the image, found or pulled

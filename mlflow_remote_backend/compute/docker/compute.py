@@ -26,7 +26,7 @@ from ...runner.run_folder import RunFolder
 from ...runner.supervise import Start
 from ..base import JobHandle, Request, Secrets
 from ..supervised import SupervisedCompute
-from . import arguments, copying, images, program, reach, request
+from . import arguments, copying, images, program, reach, request, watch
 from .engine import AUTH_VARIABLE, Endpoint, Engine, registry_auth
 
 PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
@@ -173,7 +173,7 @@ class DockerCompute(SupervisedCompute):
         cancel = copying.pack([copying.Item("cancel", b"", 0o644)], (0, 0))
         engine.copy_in(str(found["Id"]), request.SPOOL, b"".join(cancel))
         engine.unpause(str(found["Id"]))
-        self._wait_until_ended(str(found["Id"]), grace_period_s + program.STOP_MARGIN_S)
+        self._wait_until_ended(str(found["Id"]), grace_period_s + watch.STOP_MARGIN_S)
 
     def _wait_until_ended(self, container: str, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
@@ -186,7 +186,7 @@ class DockerCompute(SupervisedCompute):
     def collect(self, handle: JobHandle) -> None:
         if not self._ours(handle) or self.run_folder(handle).supervised():
             return
-        program.remove(self._engine(), request.container_name(_run_id(handle)))
+        watch.remove(self._engine(), request.container_name(_run_id(handle)))
         super().collect(handle)
 
     def recover(self, handle: JobHandle) -> bool:

@@ -8,7 +8,9 @@ container. The log's position is the local spool's size: there is no other state
 
 from __future__ import annotations
 
+import json
 import os
+import secrets as random_tokens
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,17 +84,21 @@ class Mirror:
         and ComputeError (the engine refuses or does not answer).
         """
         connection = self._engine.exec(self._container, ["/bin/sh", f"{request.OURS}/follow.sh"])
+        greeting = random_tokens.token_hex(8).encode() + b"\n"
         try:
-            connection.send(b"%d\n" % self._log.size)
-            self._receive(connection)
+            connection.send(b"%d %s" % (self._log.size, greeting))
+            self._receive(connection, greeting)
         finally:
             connection.close()
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection, greeting: bytes) -> None:
+        """An engine that could not start the process says so in its output; that must never become the program's."""
         kept_from = self._log.size
         words = b""
         for kind, data in connection.frames(SILENCE_S):
-            if kind == STDOUT:
+            if kind == STDOUT and greeting:
+                greeting, data = _after_greeting(greeting, data)
+            if kind == STDOUT and data:
                 self._log.append(data)
                 if self._log.size - kept_from > DROP_EVERY_BYTES:
                     kept_from = self._log.size
@@ -109,6 +115,8 @@ class Mirror:
             self._write_record(name.decode(), text)
 
     def _write_record(self, name: str, content: bytes) -> None:
+        if name == "started.json":
+            content = _without_identity(content)
         temporary = self._spool / f".{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, self._spool / name)
@@ -137,3 +145,20 @@ class Mirror:
             if beyond and position + len(data) - len(beyond) == self._log.size:
                 self._log.append(beyond)
             position += len(data)
+
+
+def _after_greeting(greeting: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """What is still to come of the greeting, and what follows it. Raises OSError if something else came."""
+    expected = greeting[: len(data)]
+    if not data.startswith(expected):
+        raise OSError(f"not our process: {data[:200]!r}")
+    return greeting[len(expected) :], data[len(expected) :]
+
+
+def _without_identity(content: bytes) -> bytes:
+    """``started.json`` without the process ids: here they would name processes of this machine."""
+    try:
+        started = json.loads(content)
+        return json.dumps({"started_at": float(started["started_at"])}).encode()
+    except (ValueError, TypeError, KeyError):
+        return b"{}"

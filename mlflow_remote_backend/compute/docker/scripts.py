@@ -49,7 +49,8 @@ exec /bin/sh "$ours/tail.sh" "$ours/spool"
 TAIL = r"""#!/bin/sh
 spool=$1
 log=$spool/log/000000
-read -r offset
+read -r offset greeting
+printf '%s\n' "$greeting"
 exec 3<&0
 { while read -r _ <&3; do :; done; kill $$; } 2>/dev/null &  # nobody listens any more
 turn=0

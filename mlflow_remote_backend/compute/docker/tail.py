@@ -4,9 +4,9 @@
 
 One file, standard library only, Python 3.7 or newer. The protocol, which ``mirror.py`` speaks on the other side:
 
-- stdin: first a line with the offset to begin at; nothing is sent before it. Later lines ``drop OFFSET``: what lies
-  before is safe elsewhere, so whole segments before it may go. End of file: nobody listens any more.
-- stdout: the log's bytes from that offset, unchanged.
+- stdin: first a line ``OFFSET GREETING``; nothing is sent before it. Later lines ``drop OFFSET``: what lies before is
+  safe elsewhere, so whole segments before it may go. End of file: nobody listens any more.
+- stdout: a line with the greeting, then the log's bytes from that offset, unchanged.
 - stderr: each second lines ``NAME JSON``, small files of the spool as they are, and ``alive``.
 
 Ends when the program has ended and everything is sent, or with its container.
@@ -88,15 +88,17 @@ def follow(folder: str, offset: int) -> None:
                 drop_before(folder, int(line.split()[1]))
 
 
-def first_line() -> int:
+def first_line() -> bytes:
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)
         if not byte:
             sys.exit(0)
         line += byte
-    return int(line)
+    return line
 
 
 if __name__ == "__main__":
-    follow(sys.argv[1], first_line())
+    start, greeting = first_line().split()
+    send(1, greeting + b"\n")
+    follow(sys.argv[1], int(start))
