@@ -26,7 +26,7 @@ import stat
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,6 @@ from .tree import Found, LeftOut, Tree, counted, shown, some_of
 
 COMPRESSION = 4  # of gzip: half the time of the usual 6, for a few per cent more bytes
 MEMORY_BYTES = 8 << 20  # a file up to this size is held in memory while it is packed
-ATTEMPTS = 3  # at packing a larger file that is rewritten meanwhile
 
 _CHUNK_BYTES = 1 << 20
 _GONE = (FileNotFoundError, NotADirectoryError)
@@ -256,14 +255,21 @@ class _Content:
     data: bytes
 
 
-def _read(root: Path, path: str) -> _Content:
-    """Read a file once: as many bytes as it has when it is opened, so that one that grows comes to an end."""
-    with _open(root, path) as source:
+def _read(root: Path, path: str, copy: BinaryIO | None = None) -> _Content:
+    """Read a file once: as many bytes as it has when it is opened, so that one that grows comes to an end.
+
+    ``copy``: where to write what is read.
+    """
+    with _open(_place(root, path), path) as source:
         before = source.status()
         data = source.read(min(before.st_size, secret_scan.SCAN_BYTES))
         size_bytes = len(data)
+        if copy is not None:
+            copy.write(data)
         while size_bytes < before.st_size and (chunk := source.read(min(_CHUNK_BYTES, before.st_size - size_bytes))):
             size_bytes += len(chunk)
+            if copy is not None:
+                copy.write(chunk)
         after = source.status()
     at_rest = _change_of(before) == _change_of(after) and size_bytes == after.st_size
     entry = Entry(path, _kind(before), size_bytes, source.digest.hexdigest())
@@ -309,13 +315,17 @@ class _Source:
         return data
 
 
+def _place(root: Path, path: str) -> bytes:
+    return os.path.join(os.fsencode(root), raw(path))
+
+
 @contextlib.contextmanager
-def _open(root: Path, path: str) -> Iterator[_Source]:
-    """Never through a link at the path's end, and never blocking on a pipe that took the file's place."""
+def _open(place: bytes, path: str) -> Iterator[_Source]:
+    """The file at ``place``: never through a link at its end, never blocking on a pipe that took the file's place."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with _reading(path):
         try:
-            handle = os.open(os.path.join(os.fsencode(root), raw(path)), flags)
+            handle = os.open(place, flags)
         except OSError as error:
             if error.errno == errno.ELOOP:  # O_NOFOLLOW: a link took the file's place
                 raise FileNotFoundError(path) from error
@@ -390,7 +400,7 @@ def _listed(entry: Entry) -> str:
 
 
 class _Rewritten(Exception):
-    """A file that is too large for memory is not what the listing says. ``path``: which."""
+    """A file that is too large for memory turned out not to be what the listing says. ``path``: which."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -403,14 +413,14 @@ def build(listing: Listing, folder: Path, *, cache: Path | None = None) -> Snaps
     A file that is gone by now is left out with a warning, one that was rewritten is taken as it is now; the digest is
     that of what was packed. On failure nothing is left in ``folder``.
 
-    Raises SnapshotError: no room, a file that cannot be read or never rests, credentials that were written meanwhile.
+    Raises SnapshotError: no room, a file that cannot be read, credentials that were written meanwhile.
     """
     cache = cache or snapshot_cache.default_root()
     path = folder / archive_name(listing.digest)
     if snapshot_cache.fetch_archive(cache, listing.digest, path):
         return Snapshot(listing, path, path.stat().st_size)
     try:
-        packed = _pack_at_rest(listing, path)
+        packed = _pack_restless(listing, path)
         path = path.rename(folder / archive_name(packed.digest))
     except BaseException as error:
         path.unlink(missing_ok=True)
@@ -423,43 +433,52 @@ def build(listing: Listing, folder: Path, *, cache: Path | None = None) -> Snaps
     return Snapshot(packed, path, path.stat().st_size)
 
 
-def _pack_at_rest(listing: Listing, path: Path) -> Listing:
-    """The listing of what was packed. Where a large file was rewritten, it is read anew and all is packed again."""
-    for _ in range(ATTEMPTS):
-        try:
-            return _pack(listing, path)
-        except _Rewritten as rewritten:
-            restless = rewritten.path
-            path.unlink(missing_ok=True)
-        content = _read_anew(listing, restless)
-        listing = _with(listing, restless, content.entry if content else None)
-    raise SnapshotError(
-        f"{shown(restless)} was rewritten each time it was packed.",
-        hint="Submit again when the program that writes it has ended, or name it in .mlflowignore.",
-    )
+def _pack_restless(listing: Listing, path: Path) -> Listing:
+    """The listing of what was packed. A large file that does not keep still is copied, and all is packed again."""
+    copies: dict[str, Path] = {}
+    try:
+        while True:
+            try:
+                return _pack(listing, path, copies)
+            except _Rewritten as rewritten:
+                path.unlink()
+                restless = rewritten.path
+            copy = path.with_name(f"{path.name}.copy{len(copies)}")
+            with _created(copy) as file:
+                content = _read_anew(listing, restless, file)
+            listing = _with(listing, restless, content.entry if content else None)
+            copies[restless] = copy
+    finally:
+        for copy in path.parent.glob(f"{path.name}.copy*"):
+            copy.unlink()
 
 
-def _pack(listing: Listing, path: Path) -> Listing:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+def _created(path: Path) -> BinaryIO:
+    """A new file, for the user's eyes only."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb")
+
+
+def _pack(listing: Listing, path: Path, copies: Mapping[str, Path]) -> Listing:
     with (
-        open(os.open(path, flags, 0o600), "wb") as out,
+        _created(path) as out,
         gzip.GzipFile("", "wb", COMPRESSION, out, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT, encoding=ENCODING, errors=ERRORS) as archive,
     ):
         for entry in listing.entries:
-            packed = _add(archive, listing, entry)
+            packed = _add(archive, listing, entry, copies)
             if packed != entry:
                 listing = _with(listing, entry.path, packed)
     return listing
 
 
-def _add(archive: tarfile.TarFile, listing: Listing, entry: Entry) -> Entry | None:
+def _add(archive: tarfile.TarFile, listing: Listing, entry: Entry, copies: Mapping[str, Path]) -> Entry | None:
     """Add an entry. The entry as it was added, None where it is gone. Raises _Rewritten, SnapshotError."""
     if entry.kind in (Kind.FOLDER, Kind.LINK):
         archive.addfile(_member(entry))
         return entry
     if entry.size_bytes > MEMORY_BYTES:
-        return _add_large(archive, listing, entry)
+        copy = copies.get(entry.path)
+        return _add_large(archive, os.fsencode(copy) if copy else _place(listing.root, entry.path), entry)
     content = _content(listing, entry)
     if content is None:
         return None
@@ -472,7 +491,7 @@ def _add(archive: tarfile.TarFile, listing: Listing, entry: Entry) -> Entry | No
 def _content(listing: Listing, entry: Entry) -> _Content | None:
     """A small file's content: that of the listing where the file still has or begins with it, else what it is now."""
     try:
-        with _open(listing.root, entry.path) as source:
+        with _open(_place(listing.root, entry.path), entry.path) as source:
             data = source.read(entry.size_bytes)
             status = source.status()
     except _GONE:
@@ -482,10 +501,10 @@ def _content(listing: Listing, entry: Entry) -> _Content | None:
     return _read_anew(listing, entry.path)
 
 
-def _add_large(archive: tarfile.TarFile, listing: Listing, entry: Entry) -> Entry | None:
+def _add_large(archive: tarfile.TarFile, place: bytes, entry: Entry) -> Entry | None:
     """Stream a file, as long as the listing says: one that has only grown since is packed as it was."""
     try:
-        with _open(listing.root, entry.path) as source:
+        with _open(place, entry.path) as source:
             if source.status().st_size < entry.size_bytes:
                 raise _Rewritten(entry.path)
             archive.addfile(_member(entry), _Whole(source))
@@ -509,10 +528,10 @@ class _Whole(io.RawIOBase):
         return data
 
 
-def _read_anew(listing: Listing, path: str) -> _Content | None:
+def _read_anew(listing: Listing, path: str, copy: BinaryIO | None = None) -> _Content | None:
     """A file that is not what the listing says, as it is now; None where it is gone. Raises SnapshotError: secrets."""
     try:
-        content = _read(listing.root, path)
+        content = _read(listing.root, path, copy)
     except _GONE:
         return None
     if content.findings and not listing.allow_secrets:

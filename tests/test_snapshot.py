@@ -747,9 +747,16 @@ def replacing(path: Path, stop: threading.Event) -> None:
 def appending(path: Path, stop: threading.Event) -> None:
     while not stop.is_set():
         with path.open("ab") as file:
-            file.write(b"a line of a log\n" * 100)
+            file.write(b"a line of a log\n" * 1000)
         if path.stat().st_size > 20 << 20:
             path.unlink()
+
+
+def rewriting_large(path: Path, stop: threading.Event) -> None:
+    number = 0
+    while not stop.is_set():
+        number += 1
+        path.write_bytes(b"%d" % (number % 10) * (LARGE + number % 5))
 
 
 def coming_and_going(path: Path, stop: threading.Event) -> None:
@@ -775,9 +782,15 @@ def busy(project: Path, *writers: tuple[Callable[[Path, threading.Event], None],
 
 def test_archive_and_digest_agree_while_others_write(project: Path, tmp_path: Path) -> None:
     plant(project, {f"still/{number}": f"{number}" for number in range(20)})
-    writers = ((rewriting, "state"), (replacing, "best.ckpt"), (appending, "train.log"), (coming_and_going, "tmp"))
+    writers = (
+        (rewriting, "state"),
+        (replacing, "best.ckpt"),
+        (appending, "train.log"),
+        (rewriting_large, "model.bin"),
+        (coming_and_going, "tmp"),
+    )
     with busy(project, *writers):
-        for number in range(15):
+        for number in range(6):
             packed = build(scanned(project), plant(tmp_path / f"out{number}", {}))
             arrived = verified(packed, tmp_path)
             assert [arrived[f"still/{n}".encode()] for n in range(20)] == [(str(n).encode(), False) for n in range(20)]
