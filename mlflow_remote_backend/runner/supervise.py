@@ -228,6 +228,8 @@ class _Job:
         self._start = start
         self._running: Running | None = None
         self._cancelled = False
+        self._starting = False
+        self._deciding = threading.Lock()
         self._preparing: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -243,8 +245,10 @@ class _Job:
             place = self._program.place(self.spec, self.folder, self._start.environ)
             prepare(self.spec, replace(place, caller_dir=self._start.caller_dir))
             done = self.spool.prepared() or Prepared()
-            if not done.failed and not self._cancelled:
+            if not done.failed and self._may_start():
                 self._running = self._program.start(self.spec, self.folder, self._start)
+                if self._cancelled:  # while it was being started
+                    self._stop()
         except Exception as error:
             traceback.print_exc()
             failed = {
@@ -260,7 +264,7 @@ class _Job:
         if not self._cancelled and self.folder.cancel.exists():
             self._cancel()
         if self._preparing is not None and self._preparing.is_alive():
-            return not self._cancelled
+            return self._starting or not self._cancelled
         return self._running is not None and self._running.alive()
 
     def entered(self, phase: str) -> None:
@@ -269,12 +273,23 @@ class _Job:
             self._running.collect()
         self.folder.say(phase)
 
+    def _may_start(self) -> bool:
+        """From here on a cancel waits for the program to be started, and stops it: a container must not be left."""
+        with self._deciding:
+            self._starting = not self._cancelled
+            return self._starting
+
     def _cancel(self) -> None:
-        self._cancelled = True
+        with self._deciding:
+            self._cancelled = True
         self.spool.request_cancel()
         if self._running is not None:
-            grace = self.folder.cancel.read_text().strip()
-            self._running.stop(float(grace) if grace else self.spec.limits.grace_period_s)
+            self._stop()
+
+    def _stop(self) -> None:
+        assert self._running is not None
+        grace = self.folder.cancel.read_text().strip()
+        self._running.stop(float(grace) if grace else self.spec.limits.grace_period_s)
 
     def end(self) -> None:
         """Nothing may be left: neither the program's container nor what prepare had started."""
