@@ -18,14 +18,14 @@ import random
 import re
 import threading
 import time
-import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from ...errors import ComputeError
+from .names import without_userinfo
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
@@ -155,7 +155,7 @@ class Api:
         return self._json("GET", path, query, None, "", patience_s)
 
     def create(self, path: str, body: Mapping[str, Any], *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
-        """POST once; tried again only after 429, which was not processed. ``compute`` knows how to meet a lost reply."""
+        """POST once; tried again only after 429, which was not processed. ``compute`` meets a lost reply."""
         return self._json("POST", path, query, body, "application/json", patience_s)
 
     def patch(self, path: str, body: Any, *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
@@ -178,7 +178,7 @@ class Api:
             if not proceed:
                 return found, page
 
-    def stream(self, path: str, *, read_timeout_s: float, **query: Any) -> Iterator[bytes]:
+    def stream(self, path: str, *, read_timeout_s: float, **query: Any) -> Generator[bytes, None, None]:
         """The raw bytes of a long answer as they arrive. Ends at its end; ApiError where it breaks or falls silent."""
         response = self._send("GET", path, query, None, "", (CONNECT_TIMEOUT_S, read_timeout_s))
         try:
@@ -370,7 +370,7 @@ def _servers(files: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, KeyError):
             document = yaml.safe_load(Path(path).read_text())
             for each in document.get("clusters") or ():
-                clusters.setdefault(each["name"], _without_userinfo(str(each["cluster"].get("server", ""))))
+                clusters.setdefault(each["name"], without_userinfo(str(each["cluster"].get("server", ""))))
             for each in document.get("contexts") or ():
                 contexts.setdefault(each["name"], each["context"].get("cluster", ""))
     return {name: clusters.get(cluster, "") for name, cluster in contexts.items()}
@@ -433,7 +433,7 @@ def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
     except Exception as error:  # the client raises whatever YAML, base64 and a login plugin make it raise
         raise ComputeError(f"The cluster's login cannot be read: {place}.", words=redact(str(error))) from error
     namespace = chosen["context"].get("namespace") or "default"
-    return _client(configuration), Login(files, chosen["name"], _without_userinfo(configuration.host), namespace)
+    return _client(configuration), Login(files, chosen["name"], without_userinfo(configuration.host), namespace)
 
 
 def _load_with_timeout(files: str, context: str, configuration: Any) -> None:
@@ -476,8 +476,3 @@ def _keep_alive() -> list[tuple[int, int, int]]:
         if hasattr(socket, name):
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     return options
-
-
-def _without_userinfo(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -24,6 +24,7 @@ from ...runner import envelope
 from ..base import JobHandle, Request, Secrets
 from . import diagnosis, manifest, names, objects, preflight
 from .api import Api, ApiError
+from .livelog import LiveLog
 from .manifest import Manifest, SecretNames
 from .names import Address
 from .objects import Observation
@@ -32,6 +33,7 @@ from .watch import VIEWS
 STATUS_PATIENCE_S = 2.0
 SUBMIT_PATIENCE_S = 60.0
 EVENTS_EVERY_S = 3.0
+SEEN_S = 2.0  # how long the log relies on what status saw
 CANCEL_MARGIN_S = 30.0  # beyond the grace period, until cancel returns all the same
 FOLLOWED_WITHIN_S = 10.0  # a second look within this time begins a watch
 
@@ -49,6 +51,8 @@ class KubernetesCompute:
         self._lock = threading.Lock()
         self._api: Api | None = None
         self._looked: dict[str, float] = {}  # handle -> when its status was read last, monotonic
+        self._seen: dict[str, tuple[float, Observation]] = {}  # handle -> what status saw last, and when
+        self._logs: dict[str, LiveLog] = {}
         self._events: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # Job uid -> when read, its events
 
     @classmethod
@@ -122,7 +126,15 @@ class KubernetesCompute:
         if _needs_events(status, seen):
             seen = dataclasses.replace(seen, events=self._events_of(api, address, seen))
             status = diagnosis.assess(seen)
-        return status
+        self._seen[handle.url] = (time.monotonic(), seen)
+        return self._with_last_word(handle, status)
+
+    def _with_last_word(self, handle: JobHandle, status: JobStatus) -> JobStatus:
+        """The sidecar's last frame tells of the end seconds before the API does."""
+        said = self._log_of(handle).end
+        if not said.get("finalized") or status.gone:
+            return status
+        return dataclasses.replace(status, phase=Phase.DONE, diagnosis=None, exit_code=said.get("exit_code"))
 
     def _observe(self, api: Api, address: Address, handle: JobHandle) -> Observation:
         """From memory where somebody follows the job, else by two reads. Raises ApiError."""
@@ -172,7 +184,26 @@ class KubernetesCompute:
     # ------------------------------------------------------------------------------------------------------ logs
 
     def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
-        yield from ()
+        try:
+            api = self._connected()
+            address = Address.parse(handle.url)
+            log = self._log_of(handle)
+            pods = self._pods_of(api, address, handle)
+        except ComputeError:
+            return
+        yield from log.read(api, address.namespace, pods, offset, attempt)
+
+    def _log_of(self, handle: JobHandle) -> LiveLog:
+        with self._lock:
+            return self._logs.setdefault(handle.url, LiveLog())
+
+    def _pods_of(self, api: Api, address: Address, handle: JobHandle) -> list[Mapping[str, Any]]:
+        """The job's pods as ``status`` saw them a moment ago, else as the API shows them now."""
+        seen_at, seen = self._seen.get(handle.url, (0.0, None))
+        if seen is None or time.monotonic() - seen_at > SEEN_S:
+            seen = self._read(api, address, handle.uid)
+            self._seen[handle.url] = (time.monotonic(), seen)
+        return diagnosis.own_pods(seen)
 
     # -------------------------------------------------------------------------------------------- ending, removing
 

@@ -21,14 +21,14 @@ FINISHED = ("Complete", "Failed")
 def assess(seen: Observation) -> JobStatus:
     """The job's status. Its attempt and exit code are those of its newest pod."""
     job = seen.job
-    pods = _own_pods(seen)
+    pods = own_pods(seen)
     if job is None or (seen.uid and objects.uid(job) != seen.uid):
         return _without_job(seen, pods)
     status = _with_job(dataclasses.replace(seen, pods=pods), job)
     return dataclasses.replace(status, job_uid=objects.uid(job))
 
 
-def _own_pods(seen: Observation) -> list[Raw]:
+def own_pods(seen: Observation) -> list[Raw]:
     """The pods of the very Job we mean, newest first; a namesake's are not ours."""
     wanted = seen.uid or (objects.uid(seen.job) if seen.job else "")
     own = [pod for pod in seen.pods if not wanted or objects.label(pod, names.JOB_UID) in (wanted, "")]

@@ -52,7 +52,7 @@ _SENTENCES = {
     Reason.NODE_REJECTED: "The node did not accept the job's pod; the program never started.",
 }
 _HINTS = {
-    Reason.EVICTED: "If it used too much disk, set `resources.ephemeral_storage`. `retry` with `on: disruption` repeats it.",
+    Reason.EVICTED: "Where it used too much disk, set `resources.ephemeral_storage`. See also `retry`.",
     Reason.TIMEOUT: "Our own `timeout` should have acted before; the node may have hung.",
     Reason.PREEMPTED: "Set `kubernetes.priority_class`, or `retry` with `on: disruption`.",
     Reason.NODE_LOST: "`retry` with `on: disruption` starts it again on another node.",

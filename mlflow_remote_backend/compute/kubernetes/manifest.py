@@ -35,7 +35,7 @@ ENVELOPE_FILE = "envelope.json"
 
 DEFAULT_USER = 1000
 TTL_S = 86_400  # how long a finished Job stays, for people who look with kubectl
-PREPARE_MEMORY_BYTES = 1 << 30  # unpacking and linking an environment must not fail for a program that needs little
+PREPARE_MEMORY_BYTES = 512 << 20  # unpacking and linking an environment must not fail for a program that needs little
 OBSERVE_RESOURCES = {
     "requests": {"cpu": "10m", "memory": "64Mi"},
     "limits": {"cpu": "1", "memory": "256Mi"},
@@ -45,6 +45,9 @@ RETRY_EXIT_CODE = 75
 #: Slack between the fences for time: each next one only matters where the one before it failed.
 POD_SLACK_S = 60
 JOB_SLACK_S = 300
+
+#: Annotations that differ between two jobs of the same kind.
+IDENTITY_ANNOTATIONS = (names.RUN_ID, names.SUBMISSION_ID, names.SNAPSHOT, names.ENVELOPE)
 
 #: Starts execute with whatever Python the image has, else with a shell. The image needs nothing of ours.
 START_SCRIPT = (

@@ -53,6 +53,12 @@ def secret_name(run_id: str, submission_id: str) -> str:
     return f"{job_name(run_id)}-{_digest(submission_id)[:8]}"
 
 
+def without_userinfo(url: str) -> str:
+    """A URL that may be shown."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def label_value(text: str) -> str:
     """``text`` where Kubernetes takes it as a label's value, else a digest of it."""
     if len(text) <= MAX_LABEL and _LABEL.fullmatch(text):

@@ -1,0 +1,128 @@
+"""The live log: frames that the pod's sidecar writes, read through the API as raw bytes.
+
+What is not a frame is not the program's: the kubelet writes errors of its own into a log that it serves with status
+200. The end of a stream says nothing: kubelet, API server and every middlebox cut streams at will. A reading that is
+begun anew asks for the last second again, and offsets tell what is known already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...job import LogChunk
+from ...runner.frames import HEARTBEAT_S, Frame, parse_frame
+from . import objects
+from .api import Api, ApiError
+from .manifest import OBSERVE
+from .watch import lines
+
+SILENCE_S = 2 * HEARTBEAT_S  # without a heartbeat for so long, the connection is dead
+MAX_STREAMS = 20  # of this process: a node serves little more than a hundred (inotify instances of the kubelet)
+FIRST_PAUSE_S = 0.2
+LAST_PAUSE_S = 10.0
+
+_STREAMS = threading.BoundedSemaphore(MAX_STREAMS)
+
+
+@dataclass
+class Position:
+    """How far one pod's log has been read: the cursor behind it, and when (the node's clock) that was written."""
+
+    offset: int = 0
+    timestamp: str = ""
+
+
+@dataclass
+class LiveLog:
+    """The log of one job over all its attempts. Not for two readers at once."""
+
+    end: Mapping[str, Any] = field(default_factory=dict)  # what the sidecar said last; empty while it goes on
+    _positions: dict[str, Position] = field(default_factory=dict)  # by pod uid
+    _complete: set[str] = field(default_factory=set)  # uids of pods whose end frame was seen
+    _failures: int = 0
+    _not_before: float = 0.0
+    forbidden: bool = False
+
+    def read(
+        self, api: Api, namespace: str, pods: list[Mapping[str, Any]], offset: int, attempt: int
+    ) -> Iterator[LogChunk]:
+        """Chunks from ``offset`` of ``attempt`` on, then of later attempts, until the source pauses. Raises nothing."""
+        if self.forbidden or time.monotonic() < self._not_before or not _STREAMS.acquire(blocking=False):
+            return
+        try:
+            for pod in sorted(pods, key=objects.attempt):
+                its_attempt = objects.attempt(pod)
+                if its_attempt >= attempt and objects.uid(pod) not in self._complete and _talks(pod):
+                    yield from self._read_pod(api, namespace, pod, offset if its_attempt == attempt else 0)
+            self._failures = 0
+        except ApiError as error:
+            self.forbidden = error.status == 403
+            self._failures += 1
+            self._pause(error)
+        finally:
+            _STREAMS.release()
+
+    def _pause(self, error: ApiError) -> None:
+        longest_s = min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 10))
+        pause_s = max(random.uniform(longest_s / 2, longest_s), error.retry_after_s or 0.0)
+        self._not_before = time.monotonic() + pause_s
+
+    def _read_pod(self, api: Api, namespace: str, pod: Mapping[str, Any], offset: int) -> Iterator[LogChunk]:
+        position = self._positions.setdefault(objects.uid(pod), Position())
+        known = position.timestamp if offset >= position.offset else ""
+        blocks = api.stream(
+            f"/api/v1/namespaces/{namespace}/pods/{objects.name(pod)}/log",
+            read_timeout_s=SILENCE_S,
+            container=OBSERVE,
+            follow="" if objects.ended(pod) else "true",
+            timestamps="true",
+            sinceTime=known,
+        )
+        heard = False
+        with contextlib.closing(blocks):
+            for line in lines(blocks):
+                timestamp, _, text = line.partition(b" ")
+                frame = parse_frame(text)
+                if frame is None:
+                    continue
+                heard = True
+                position.timestamp = timestamp.decode("ascii", "replace")
+                chunk = _fresh(frame, offset)
+                if chunk is not None:
+                    offset = position.offset = chunk.offset + len(chunk.data)
+                    yield chunk
+                if frame.kind == "end":
+                    self._take_end(pod, frame)
+                    return
+        self._after_stream(pod, heard)
+
+    def _take_end(self, pod: Mapping[str, Any], frame: Frame) -> None:
+        self._complete.add(objects.uid(pod))
+        if not frame.fields.get("retry"):
+            self.end = dict(frame.fields)
+
+    def _after_stream(self, pod: Mapping[str, Any], heard: bool) -> None:
+        if objects.ended(pod):
+            self._complete.add(objects.uid(pod))
+        elif not heard:  # the kubelet's own words instead of frames: not again at once
+            self._failures += 1
+            self._not_before = time.monotonic() + min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 10))
+
+
+def _talks(pod: Mapping[str, Any]) -> bool:
+    """Its sidecar has been started, so that it has a log."""
+    return objects.container(pod, OBSERVE).state in ("running", "terminated")
+
+
+def _fresh(frame: Frame, offset: int) -> LogChunk | None:
+    """What of a log frame lies behind ``offset``."""
+    if frame.kind != "log" or frame.offset + len(frame.data) <= offset:
+        return None
+    known = max(0, offset - frame.offset)
+    return LogChunk(frame.offset + known, frame.data[known:], frame.attempt)
