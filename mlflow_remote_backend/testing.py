@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping
@@ -107,7 +108,8 @@ def stored_log(run_id: str) -> bytes:
 def artifact(run_id: str, path: str) -> bytes:
     import mlflow
 
-    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path)).read_bytes()
+    with tempfile.TemporaryDirectory() as place:
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=place)).read_bytes()
 
 
 def artifacts(run_id: str, folder: str) -> set[str]:
