@@ -77,7 +77,8 @@ class Projects:
 
 def ended(run: RemoteSubmittedRun, patience_s: float = PATIENCE_S) -> RunView:
     """The run once it has its final status; fails the test if it does not get one."""
-    return until(lambda: (view := run.view()).ended and view, patience_s, f"run {run.run_id} ended")
+    view: RunView = until(lambda: (seen := run.view()).ended and seen, patience_s, f"run {run.run_id} ended")
+    return view
 
 
 def until(condition: Callable[[], Any], patience_s: float, what: str) -> Any:

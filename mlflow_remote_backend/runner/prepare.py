@@ -7,19 +7,22 @@ and this package only.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import JobError, ProjectError, RemoteError
 from ..job import JobSpec, Parameter
-from . import command
+from ..version import __version__
+from . import command, envelope
 from .fetch import fetch
 from .spool import Command, Prepared, Spool
 
@@ -191,3 +194,63 @@ def _command(spec: JobSpec, place: Place, folder: Path, line: str, variables: Ma
         memory_limit_hint=spec.resources.memory_bytes,
         tee=place.tee,
     )
+
+
+# -- as a container's own program, beside ``execute`` and ``observe`` in one pod ---------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare the job of an envelope on a volume that the job's containers share. Exit status: 1 if it failed.
+
+    Makes the folders (the program's home beside the spool), group-writable because the program may run as another user
+    of the same group, and puts ``execute`` where the program's own image finds it.
+    """
+    arguments = _parser().parse_args(argv)
+    os.umask(0o002)
+    made = Spool.create(arguments.spool, mode=0o2770)
+    for folder in (arguments.tools, arguments.spool.parent / "home"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("execute.py", "execute.sh"):
+        shutil.copyfile(Path(__file__).with_name(name), arguments.tools / name)
+    try:
+        _check_release(os.environ.get("MLFLOW_REMOTE_CLIENT_VERSION", ""))
+        spec = envelope.load(arguments.envelope.read_bytes())
+    except (JobError, OSError) as error:
+        what, words = getattr(error, "what", "The envelope cannot be read."), getattr(error, "words", str(error))
+        failed = {"reason": "BOOTSTRAP", "message": what, "words": words, "hint": getattr(error, "hint", "")}
+        made.write_prepared(Prepared(failed))
+        return 1
+    prepare(spec, _pod_place(arguments))
+    ended = made.prepared()
+    return 1 if ended is None or ended.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare", description=main.__doc__)
+    for name in ("envelope", "spool", "work", "tools"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "cache")
+    return parser
+
+
+def _check_release(client: str) -> None:
+    if client and client != __version__:
+        raise JobError(
+            f"The runner image has release {__version__} of mlflow-remote-backend, the submitter {client}.",
+            hint="Rebuild the image with mlflow-remote image build, or install the same release on both sides.",
+        )
+
+
+def _pod_place(arguments: argparse.Namespace) -> Place:
+    return Place(
+        spool=arguments.spool,
+        work=arguments.work,
+        cache=arguments.cache,
+        environ=os.environ,
+        work_seen_as=str(arguments.work),
+        on_phase=lambda detail: print(detail, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
