@@ -222,7 +222,7 @@ class Follower:
             view = self._look(status)
             if view is not None and view.ended:
                 return view
-            if status is not None and status.gone and view is not None:
+            if status is not None and view is not None and (status.gone or hopeless(status)):
                 self._see_to_the_end(status)
                 continue
             time.sleep(POLL_S)
@@ -280,7 +280,7 @@ class Follower:
 
     def _look(self, status: JobStatus | None) -> RunView | None:
         """The run, when there is reason to look at it."""
-        ending = status is not None and (status.gone or status.phase is Phase.DONE)
+        ending = status is not None and (status.gone or hopeless(status) or status.phase is Phase.DONE)
         now = time.monotonic()
         if not ending and now < self._next_look:
             return None
@@ -296,17 +296,29 @@ class Follower:
         time.sleep(POLL_S)
 
 
+def hopeless(status: JobStatus) -> bool:
+    """The job exists, but it can never run: an image that is not there, a pod that is refused."""
+    return status.diagnosis is not None and status.diagnosis.fatal and not status.gone
+
+
 def settle(tracking: Tracking, compute: Compute | None, handle: JobHandle, run_id: str, status: JobStatus) -> None:
-    """End a run whose job is proven gone without a final status: by a new runner, else by writing the status."""
-    assert status.gone, "only on proof"
-    if compute is not None and compute.recover(handle):
+    """End a run whose job is gone or hopeless: by a new runner if that can be, else by writing the status ourselves.
+
+    The status comes first, then the job is removed: a runner that is told to stop then finds the run finalised.
+    """
+    assert status.gone or hopeless(status), "only on proof"
+    if status.gone and compute is not None and compute.recover(handle):
         return
     found = status.diagnosis or Diagnosis(Reason.KILLED_BY_SYSTEM, "The job ended without a final status.")
     if tracking.view(run_id).tag("cancel_requested"):
         found = Diagnosis(Reason.CANCELLED, "Cancelled.", words=found.message)
     tracking.finalise(run_id, found, "follower", exit_code=status.exit_code)
-    if compute is not None:
+    if compute is None:
+        return
+    if status.gone:
         compute.collect(handle)
+    else:
+        compute.cancel(handle)
 
 
 def request_cancel(

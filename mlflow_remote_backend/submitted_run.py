@@ -16,7 +16,7 @@ from mlflow.projects.submitted_run import SubmittedRun
 from . import compute as computes
 from .compute.base import Compute, JobHandle
 from .errors import ComputeError, Detached, RemoteError, RequestError, RunFailed
-from .follow import Cursor, Follower, StoredLog, request_cancel, settle, stderr_line
+from .follow import Cursor, Follower, StoredLog, hopeless, request_cancel, settle, stderr_line
 from .job import Diagnosis, Phase, Reason
 from .runner.run_folder import machine_id
 from .tracking import RunView, Tracking, submitter_alive
@@ -154,7 +154,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
             return view
         try:
             status = self._compute.status(self._handle)
-            if status.gone:
+            if status.gone or hopeless(status):
                 settle(self._tracking, self._compute, self._handle, self._run_id, status)
                 self._await_end(5.0)
                 return self._tracking.view(self._run_id)

@@ -278,9 +278,13 @@ class Tracking:
         """Write the one final status, on proof that no runner will. Does nothing where it is written already."""
         if self.view(run_id).ended:
             return
+        title = f"{diagnosis.reason.value}: {diagnosis.message}"
+        text = "\n\n".join(filter(None, (title, diagnosis.words, diagnosis.hint)))
+        with contextlib.suppress(TrackingError):  # the status matters more than its explanation
+            self.store_text(run_id, text + "\n", "logs/error.txt")
         tags = {
             PREFIX + "reason": diagnosis.reason.value,
-            PREFIX + "message": diagnosis.message,
+            PREFIX + "message": " ".join(filter(None, (diagnosis.message, diagnosis.words))),
             PREFIX + "phase": Phase.DONE.value,
         }
         if exit_code is not None:
