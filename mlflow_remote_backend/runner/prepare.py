@@ -34,7 +34,8 @@ class Place:
     """Where a job's parts lie, as ``prepare`` sees them. ``environ``: what the program starts from.
 
     ``archive``: the snapshot on this file system, where it need not be fetched. ``work_seen_as``: the project folder's
-    path in the program's own container, where that differs.
+    path in the program's own container, where that differs. ``make_environment``: makes the locked environment where
+    the program will find it, if that is not on this file system, and returns the variables that activate it.
     """
 
     spool: Path
@@ -46,6 +47,7 @@ class Place:
     tee: bool = False
     caller_dir: str = ""  # where the submitter stood, for path parameters relative to it
     on_phase: Callable[[str], None] = lambda detail: None
+    make_environment: Callable[[], Mapping[str, str]] | None = None
 
 
 def prepare(spec: JobSpec, place: Place) -> None:
@@ -107,6 +109,8 @@ def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
     """The variables that make the locked environment the program's: none where it uses what is there."""
     if not spec.environment.lock_key:
         return {}
+    if place.make_environment is not None:
+        return dict(place.make_environment())
     from ..environment import activation, cache
 
     prefix = cache.hit(place.cache, spec.environment.lock_key)

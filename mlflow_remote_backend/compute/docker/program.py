@@ -15,6 +15,7 @@ from concurrent.futures import TimeoutError as NotYet  # the builtin one only si
 from pathlib import Path
 from typing import Any
 
+from ...environment import cache
 from ...errors import ComputeError, JobError
 from ...job import JobSpec, Reason
 from ...runner import execute
@@ -22,8 +23,9 @@ from ...runner.prepare import Place
 from ...runner.run_folder import RunFolder
 from ...runner.spool import Command, Spool, secrets_script, write_json
 from ...runner.supervise import Running, Start
-from . import copying, diagnosis, images, reach, request, scripts, tail, users
+from . import copying, diagnosis, environments, images, reach, request, scripts, tail, users
 from .engine import Connection, Endpoint, Engine, Refused, registry_auth
+from .environments import Environment
 from .request import Container, Image
 from .watch import CONTAINER_FILE, FIRST_PAUSE_S, LONGEST_PAUSE_S, ContainerRun, recorded, remove
 
@@ -48,6 +50,7 @@ class DockerProgram:
 
     def __init__(self) -> None:
         self._site: Future[Site] | None = None
+        self._environment: Environment | None = None
 
     def place(self, spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Place:
         """The engine is connected and the image pulled while the project is unpacked."""
@@ -57,16 +60,33 @@ class DockerProgram:
         return Place(
             spool=folder.spool,
             work=folder.work,
-            cache=folder.path / "cache",
+            cache=cache.default_root(),
             environ=environ,
             archive=folder.archive if folder.archive.exists() else None,
             work_seen_as=request.WORK,
             on_phase=lambda detail: folder.say("preparing", detail),
+            make_environment=lambda: self._make_environment(spec, folder, environ),
         )
+
+    def _make_environment(self, spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Mapping[str, str]:
+        site = self._wait_for_site(folder)
+        self._environment = environments.ensure(
+            site.engine,
+            spec,
+            site.image,
+            auth=registry_auth(environ),
+            cache_root=cache.default_root(),
+            say=lambda detail: folder.say("preparing", detail),
+            cancelled=Spool(folder.spool).cancel_requested,
+        )
+        return self._environment.variables
 
     def start(self, spec: JobSpec, folder: RunFolder, start: Start) -> Running:
         site = self._wait_for_site(folder)
-        made = _container(spec, site, start.environ)
+        python = ""
+        if self._environment is not None:
+            site, python = dataclasses.replace(site, image=self._environment.image), self._environment.python
+        made = _container(spec, site, start.environ, python)
         folder.say("starting", f"creating container {made.name}")
         with _start_errors(site.engine, made):
             container = _create(site.engine, spec, made)
@@ -87,16 +107,16 @@ class DockerProgram:
 
     def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
         """Blocks while the engine does not answer: whether a container runs cannot be guessed."""
-        known = recorded(folder)
-        if known is None:
-            return None
         if (folder.spool / "exit.json").exists():
             return _Done()
+        known = recorded(folder)
+        if known is None and Spool(folder.spool).prepared() is None:
+            return None  # an earlier supervisor never got that far
         engine = _patient_connection(spec, folder)
-        found = engine.inspect(known["id"])
-        if found is not None and found["State"]["Status"] == "created":  # its secrets died with that supervisor
-            engine.remove(known["id"])
-            engine.remove_volume(known["name"])
+        name = request.container_name(spec.run.run_id)
+        found = engine.inspect(known["id"] if known else name)
+        if known is None or (found is not None and found["State"]["Status"] == "created"):
+            remove(engine, name)  # never started: its secrets died with that supervisor
             return None
         return ContainerRun(engine, spec, folder, known["id"])
 
@@ -134,12 +154,12 @@ def _patient_connection(spec: JobSpec, folder: RunFolder) -> Engine:
 # -- making the container ----------------------------------------------------------------------------------------------
 
 
-def _container(spec: JobSpec, site: Site, environ: Mapping[str, str]) -> Container:
+def _container(spec: JobSpec, site: Site, environ: Mapping[str, str], python: str) -> Container:
     local_store = bool(reach.store_folders(spec.run.tracking_uri, spec.run.artifact_uri))
     user = request.default_user(
         site.image.user, request.caller_ids(), rootless=site.rootless, local_store=local_store
     )
-    return request.container(spec, site.image, user, environ=environ)
+    return request.container(spec, site.image, user, environ=environ, python=python)
 
 
 @contextlib.contextmanager

@@ -115,17 +115,20 @@ def caller_ids() -> str:
     return f"{os.getuid()}:{os.getgid()}" if hasattr(os, "getuid") else ""
 
 
-def container(spec: JobSpec, image: Image, user: str, *, environ: Mapping[str, str] | None = None) -> Container:
+def container(
+    spec: JobSpec, image: Image, user: str, *, environ: Mapping[str, str] | None = None, python: str = ""
+) -> Container:
     """The job's container. ``user``: from :func:`default_user`, overruled by the user's own wish.
 
-    ``environ``: the caller's variables, for ``~`` and ``$NAME`` in volumes of the project. Raises ConfigError.
+    ``environ``: the caller's variables, for ``~`` and ``$NAME`` in volumes of the project. ``python``: an interpreter
+    for our own scripts where the image has none. Raises ConfigError.
     """
     options = spec.options
     name = container_name(spec.run.run_id)
     base = {
         "Image": image.id or image_name(spec),
         "Entrypoint": ["/bin/sh", f"{OURS}/start.sh"],
-        "Cmd": [],
+        "Cmd": [python] if python else [],
         "User": options.get("user") or user,
         "WorkingDir": WORK,
         "OpenStdin": True,
