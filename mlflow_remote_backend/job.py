@@ -143,7 +143,8 @@ class EnvironmentRef:
     ``lock_key`` is empty for local and docker; ``lock``: the lock file's text, which travels with the job.
     ``kind``: format of the lock, ``conda-lock`` or ``requirements``. ``python``: version wanted, for a venv.
     ``indexes``: option lines (``--index-url URL``) and ``channels``: lines ``NAME URL``, where the packages are fetched,
-    with ``${NAME}`` for credentials. ``env_vars``: what the environment sets. ``notices``: one line each, for a person.
+    with ``${NAME}`` for credentials; ``files``: where a file of that sha256 was seen, for locks that do not say it.
+    ``env_vars``: what the environment sets. ``notices``: one line each, for a person.
     """
 
     manager: str = "local"
@@ -154,6 +155,7 @@ class EnvironmentRef:
     python: str = ""
     indexes: tuple[str, ...] = ()
     channels: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     env_vars: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 

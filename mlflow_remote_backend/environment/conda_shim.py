@@ -87,7 +87,7 @@ async def _solve(channels: list[str], specs: list[str], platform: str) -> dict[s
     authorised: dict[str, str] = json.loads(os.environ.get("MLFLOW_REMOTE_CHANNELS", "{}"))
     virtual = [channel for channel in channels if FAKE_CHANNEL in channel]
     sources = [rattler.Channel(authorised.get(channel, channel)) for channel in channels if channel not in virtual]
-    _require_answers([source.base_url for source in sources], platform)
+    require_answers([source.base_url for source in sources], platform)
     cache = os.environ.get("MLFLOW_REMOTE_REPODATA_CACHE")
     client = rattler.Client.default_client(max_retries=1, timeout=REQUEST_TIMEOUT_S)
     records = await rattler.solve(
@@ -102,7 +102,7 @@ async def _solve(channels: list[str], specs: list[str], platform: str) -> dict[s
     return {"success": True, "actions": {"FETCH": actions, "LINK": actions, "PREFIX": ""}}
 
 
-def _require_answers(channels: list[str], platform: str) -> None:
+def require_answers(channels: list[str], platform: str) -> None:
     """Raises OSError for a channel whose server says nothing, within seconds; any answer will do.
 
     rattler would try again for minutes, and a time limit of its requests would also end a long download.

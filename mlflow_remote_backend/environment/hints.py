@@ -13,6 +13,11 @@ CHANNEL = (
     "channel_alias for all names, environment.channel_map for single ones, environment.channels to use others."
 )
 
+CACHE = "The folder must be writable; MLFLOW_REMOTE_CACHE names another one."
+
+_UNREACHABLE = (
+    r"[Cc]onnect|timed? ?out|dns|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError"
+)
 _DISK = "Make room, or put the cache elsewhere with MLFLOW_REMOTE_CACHE; mlflow-remote env prune removes what is old."
 HASH = "The file is not the one that was locked. If its publisher replaced it, lock anew: mlflow-remote lock."
 _TABLE: tuple[tuple[str, str], ...] = (
@@ -29,7 +34,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "(python_env.yaml) or to pip (conda.yaml).",
     ),
     (
-        r"[Cc]onnect|timed? ?out|dns|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError",
+        _UNREACHABLE,
         "The server did not answer. Check the network and the proxy settings. ",
     ),
     (
@@ -49,6 +54,13 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "The package is not published for this platform; choose another version, or take it from a conda channel.",
     ),
 )
+
+
+def is_unreachable(words: str) -> bool:
+    """Whether a tool complains that a file or a server is not to be had, and not about what it got."""
+    return bool(re.search(rf"{_UNREACHABLE}|404|[Nn]ot [Ff]ound|403|401|No such file", words)) and not re.search(
+        r"[Hh]ash(es)? mismatch", words
+    )
 
 
 def for_words(words: str, general: str) -> str:

@@ -24,6 +24,10 @@ from urllib.parse import unquote, urlsplit
 from ..errors import EnvironmentError_
 from . import credentials, toml
 
+#: pip takes the best version that any of its indexes has, uv the best of the first index that has the package at all
+#: (nobody can then push a newer namesake onto a public index). Whoever speaks pip's language gets what pip does.
+LIKE_PIP = "--index-strategy unsafe-best-match"
+
 _PIP_KEYS = ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host")
 _PREFIX = "MLFLOW_REMOTE_INDEX"
 CHANNEL_SETTINGS_HINT = (
@@ -33,7 +37,8 @@ CHANNEL_SETTINGS_HINT = (
 
 
 def choose(configured: Sequence[str], declared: Sequence[str]) -> tuple[str, ...]:
-    """The option lines to lock and install with. ``configured``: ``environment.index_url``, the first one the default.
+    """The option lines to lock and install with. ``configured``: ``environment.index_url``, the first one the default,
+    further ones asked before it.
 
     Reads the environment and pip's and uv's files; a millisecond. Credentials are replaced by names.
     """
@@ -42,10 +47,13 @@ def choose(configured: Sequence[str], declared: Sequence[str]) -> tuple[str, ...
             f"--index-url {credentials.braced(configured[0])}",
             *(f"--extra-index-url {credentials.braced(url)}" for url in configured[1:]),
         )
+    declared = (*declared, LIKE_PIP) if declared else ()
     if any(line.startswith(("--index-url", "--no-index")) for line in declared):
-        return tuple(declared)
-    settings = tuple(_uv_lines()) or tuple(_pip_lines())
-    return (*(line for line, _ in settings), *declared)
+        return declared
+    of_uv = tuple(line for line, _ in _uv_lines())
+    of_pip = () if of_uv else tuple(line for line, _ in _pip_lines())
+    lines = (*of_uv, *(line for line in of_pip if line not in declared), *declared)
+    return (*lines, LIKE_PIP) if of_pip and not declared else lines
 
 
 def secrets(lines: Iterable[str]) -> dict[str, str]:

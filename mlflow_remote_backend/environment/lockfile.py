@@ -6,6 +6,7 @@ credentials do not change it, and any other content does.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import yaml
 from packaging.markers import Marker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
@@ -21,7 +21,7 @@ from packaging.version import InvalidVersion
 
 from ..errors import EnvironmentError_
 from ..job import EnvironmentRef
-from . import credentials, platforms, requirements, toml
+from . import credentials, documents, platforms, requirements, toml
 from .spec import digest
 
 #: Part of every lock key: a change in how prefixes are built makes new ones.
@@ -80,10 +80,7 @@ def names_mlflow(rows: Iterable[Row]) -> bool:
 
 def load_conda_lock(text: str, shown: str = "conda-lock.yml") -> dict[str, Any]:
     """The document of a unified conda-lock file, version 1. Raises EnvironmentError_ for anything else."""
-    try:
-        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise EnvironmentError_(f"{shown} cannot be read.", words=str(error)) from error
+    document = documents.load(text, shown)
     if not isinstance(document, dict) or not isinstance(document.get("package"), list):
         raise EnvironmentError_(
             f"{shown} is no lock of conda-lock.", hint="Take it away, or write it anew: mlflow-remote lock."
@@ -176,6 +173,12 @@ def for_platform(rows: Iterable[Row], ref: EnvironmentRef) -> tuple[Row, ...]:
     )
 
 
+def located(row: Row, files: Mapping[str, str]) -> Row:
+    """The row with the place where its file was seen, if ``files`` (by sha256) knows it and the row does not."""
+    url = next((files[value] for value in row.hashes if value in files), "")
+    return replace(row, url=url, hashes=(next(v for v in row.hashes if v in files),)) if url and not row.url else row
+
+
 def _order(row: Row) -> tuple[str, str, str]:
     return row.name, row.version, row.marker
 
@@ -258,6 +261,19 @@ def pylock_rows(
     except (KeyError, TypeError, AttributeError) as error:
         raise EnvironmentError_(f"{shown} is damaged.", words=f"{type(error).__name__}: {error}") from error
     return tuple(sorted(rows, key=_order))
+
+
+def render_pylock(rows: Iterable[Row]) -> str:
+    """Rows whose files are known as a PEP 751 lock, from which uv installs exactly these files, asking no index."""
+    head = 'lock-version = "1.0"\ncreated-by = "mlflow-remote"\n'
+    return head + "".join(_pylock_table(row) for row in sorted(rows, key=_order))
+
+
+def _pylock_table(row: Row) -> str:
+    # JSON's strings are TOML's basic strings, for what URLs and names hold
+    file = f"{{ url = {json.dumps(row.url)}, hashes = {{ sha256 = {json.dumps(row.hashes[0])} }} }}"
+    place = f"sdist = {file}" if row.built else f"wheels = [{file}]"
+    return f"\n[[packages]]\nname = {json.dumps(row.name)}\nversion = {json.dumps(row.version)}\n{place}\n"
 
 
 def _pylock_row(package: Mapping[str, Any], ranks: Mapping[str, int], allowed: Sequence[str], shown: str) -> Row:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import EnvironmentError_
 from ..job import EnvironmentRef
-from . import indexes, lease, lockfile, platforms, requirements
+from . import hints, indexes, lease, lockfile, platforms, requirements
 from .lockfile import Row
 from .progress import Progress, Report, silent
 from .spec import EnvSpec, digest
@@ -54,9 +54,14 @@ def lock(
     folder = root / "locks" / spec_key(spec, platform, lines, committed)
     ref = _read(folder)
     if ref is None:
-        with lease.hold(folder, waiting=lambda: report(Progress("waiting", detail="another process locks the same"))):
-            ref = _read(folder) or _lock(_Request(spec, platform, lines, committed, root, report))
-            _write(folder, ref)
+        try:
+            ref = _lock_once(_Request(spec, platform, lines, committed, root, report), folder)
+        except OSError as error:
+            raise EnvironmentError_(
+                f"{spec.shown} could not be locked; the cache is {root}.",
+                words=str(error),
+                hint=hints.for_words(str(error), hints.CACHE),
+            ) from error
     return replace(ref, notices=(*spec.warnings, *ref.notices))
 
 
@@ -89,6 +94,16 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _lock_once(request: _Request, folder: Path) -> EnvironmentRef:
+    def waiting() -> None:
+        request.report(Progress("waiting", detail="another process locks the same"))
+
+    with lease.hold(folder, waiting=waiting):
+        ref = _read(folder) or _lock(request)
+        _write(folder, ref)
+    return ref
 
 
 def _read(folder: Path) -> EnvironmentRef | None:
@@ -179,9 +194,14 @@ def _ref(request: _Request, found: _Lock) -> EnvironmentRef:
         python=spec.python,
         indexes=request.index_lines,
         channels=tuple(f"{name} {url}" for name, url in urls if url != name),
+        files=_files(found.rows) if spec.kind == "requirements" else {},
         env_vars=dict(spec.env_vars),
         notices=notices,
     )
+
+
+def _files(rows: Sequence[Row]) -> dict[str, str]:
+    return {row.hashes[0]: row.url for row in rows if row.url and not row.direct and len(row.hashes) == 1}
 
 
 # ---------------------------------------------------------------------------------------------- solving

@@ -60,7 +60,7 @@ def _system_error(error: OSError, root: Path) -> JobError:
     return JobError(
         f"The environment could not be built under {root}.",
         words=str(error),
-        hint=hints.for_words(str(error), "The folder must be writable; MLFLOW_REMOTE_CACHE names another one."),
+        hint=hints.for_words(str(error), hints.CACHE),
         code="ENVIRONMENT",
     )
 
@@ -120,7 +120,7 @@ def _build(
         uv.create_venv(prefix, python or uv.find_python(ref.python, root), root)
     else:
         raise JobError(f"This runner knows no lock of kind {ref.kind!r}.", code="ENVIRONMENT")
-    pip = [row for row in rows if row.manager == "pip"]
+    pip = [lockfile.located(row, ref.files) for row in rows if row.manager == "pip"]
     if pip:
         report(Progress("installing", 0, len(pip), "packages", "from the package index"))
         interpreter = prefix / "bin" / "python"

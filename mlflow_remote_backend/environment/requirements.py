@@ -209,6 +209,8 @@ def _requirement(line: _Line) -> str:
         if _looks_local(text):
             raise _local(line) from None
         raise EnvironmentError_(f"{line.where} is not a requirement: {text}", words=str(error)) from error
+    if _ARCHIVE.search(text) and not parsed.url:
+        raise _local(line)
     if parsed.url and (parsed.url.startswith("file:") or "://" not in parsed.url):
         raise _local(line)
     return canonical(parsed)

@@ -21,14 +21,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from ..errors import EnvironmentError_
-from . import requirements
+from . import documents, requirements
 from .requirements import RequirementList
 
 MANAGERS = ("conda", "virtualenv", "uv", "local")
@@ -45,9 +44,28 @@ _PYTHON_PARTS = re.compile(
 )
 
 
+class OptionsLike(Protocol):
+    """The section ``environment`` of the backend config, as ``config`` reads it; None where nothing is set."""
+
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def channels(self) -> Sequence[str]: ...
+    @property
+    def channel_alias(self) -> str | None: ...
+    @property
+    def channel_map(self) -> Mapping[str, str]: ...
+    @property
+    def index_url(self) -> str | Sequence[str] | None: ...
+    @property
+    def solver(self) -> str: ...
+    @property
+    def cuda(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class EnvironmentOptions:
-    """The section ``environment`` of the backend config.
+    """The same with nothing left open.
 
     ``frozen``: never solve, a fitting lock must be committed. ``channels``: instead of the declared ones.
     ``channel_alias``: URL before every channel name; ``channel_map``: URLs of single channels. ``index_url``: package
@@ -62,6 +80,22 @@ class EnvironmentOptions:
     index_url: tuple[str, ...] = ()
     solver: str = "rattler"
     cuda: str = ""
+
+    @staticmethod
+    def of(options: OptionsLike | None) -> EnvironmentOptions:
+        """``options`` in one form, or the defaults."""
+        if options is None:
+            return EnvironmentOptions()
+        urls = (options.index_url,) if isinstance(options.index_url, str) else tuple(options.index_url or ())
+        return EnvironmentOptions(
+            frozen=options.frozen,
+            channels=tuple(options.channels),
+            channel_alias=options.channel_alias or "",
+            channel_map=dict(options.channel_map),
+            index_url=urls,
+            solver=options.solver,
+            cuda=options.cuda or "",
+        )
 
 
 @dataclass(frozen=True)
@@ -128,31 +162,31 @@ def load(
     env_type: str | None,
     env_config_path: str | Path | None,
     env_manager: str | None = None,
-    options: EnvironmentOptions | None = None,
+    options: OptionsLike | None = None,
 ) -> EnvSpec:
     """What the project needs under ``env_manager``; see the table above.
 
     ``env_type``: ``conda``, ``python`` or ``docker`` (MLflow's ``conda_env``… as well), None if nothing is declared;
     ``env_config_path``: the declaration, absolute or relative to the project. Raises EnvironmentError_.
     """
-    options = options or EnvironmentOptions()
     if env_manager is not None and env_manager not in MANAGERS:
         raise EnvironmentError_(
             f"There is no environment manager {env_manager!r}.", hint=f"env_manager is one of {', '.join(MANAGERS)}."
         )
+    chosen = EnvironmentOptions.of(options)
+    for url in chosen.index_url:
+        requirements.refuse_literal(url, "environment.index_url")
     declared = (env_type or "").removesuffix("_env")
-    if declared == "docker":
-        return EnvSpec("docker", options=options)
-    if env_manager == "local":
-        return EnvSpec("local", options=options)
+    if declared == "docker" or env_manager == "local":
+        return EnvSpec("docker" if declared == "docker" else "local", options=chosen)
     project = Path(project_dir).absolute()
     if env_config_path is None:
-        return _undeclared(project, env_manager, options)
+        return _undeclared(project, env_manager, chosen)
     file = project / env_config_path
     shown = _shown(file, project)
     if declared == "conda":
-        return _conda_project(file, shown, env_manager or "conda", options)
-    return _python_project(file, shown, env_manager or "virtualenv", options)
+        return _conda_project(file, shown, env_manager or "conda", chosen)
+    return _python_project(file, shown, env_manager or "virtualenv", chosen)
 
 
 def _shown(file: Path, project: Path) -> str:
@@ -399,19 +433,9 @@ def _document(file: Path, shown: str) -> Mapping[str, Any]:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise EnvironmentError_(f"{shown} is over {MAX_FILE_BYTES // 2**20} MiB; that is no declaration.")
         text = file.read_text(encoding="utf-8-sig")
-        _refuse_aliases(text, shown)
-        document = yaml.load(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise EnvironmentError_(f"{shown} cannot be read.", words=str(error)) from error
+    document = documents.load_texts(text, shown)
     if not isinstance(document, dict):
         raise EnvironmentError_(f"{shown} must be a mapping, not {str(document)[:100]!r}.")
     return document
-
-
-def _refuse_aliases(text: str, shown: str) -> None:
-    """Aliases let a kilobyte expand to gigabytes; nobody needs them here."""
-    if "*" not in text or "&" not in text:
-        return
-    for event in yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)):
-        if isinstance(event, yaml.AliasEvent):
-            raise EnvironmentError_(f"{shown} uses a YAML alias (*{event.anchor}).", hint="Write the value out.")

@@ -7,15 +7,19 @@ lock.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from ..errors import EnvironmentError_, JobError
-from . import credentials, hints, indexes, lockfile, platforms, requirements, tool
+from . import credentials, hints, indexes, integrity, lockfile, platforms, requirements, tool
 from .lockfile import Row
 from .requirements import RequirementList
 
@@ -195,6 +199,7 @@ def _index_environment(lines: Iterable[str], secrets: Mapping[str, str]) -> dict
         "UV_INDEX": " ".join(places.get("--extra-index-url", [])),
         "UV_FIND_LINKS": ",".join(places.get("--find-links", [])),
         "UV_INSECURE_HOST": " ".join(places.get("--trusted-host", [])),
+        "UV_INDEX_STRATEGY": os.environ.get("UV_INDEX_STRATEGY") or " ".join(places.get("--index-strategy", [])[:1]),
     }
     return {name: value for name, value in environ.items() if value}
 
@@ -209,7 +214,7 @@ def _unsolved(shown: str, platform: str, python: str, stderr: str) -> Environmen
 
 def words(stderr: str) -> str:
     """What uv says of a failure, without its progress lines."""
-    progress = re.compile(r"^(Resolved|Using|Prepared|Installed|warning:) ")
+    progress = re.compile(r"^(Resolved|Using|Prepared|Installed|Download|Build|Built|warning:| [+~-])")
     lines = [line for line in stderr.splitlines() if not progress.match(line)]
     return "\n".join(lines).strip()
 
@@ -255,8 +260,6 @@ def _own_interpreter() -> Path | None:
 
 def _pyenv_pythons() -> list[tuple[str, Path]]:
     """The interpreters that pyenv keeps, newest first; its shims on PATH answer only for the selected ones."""
-    import os
-
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     found = [(folder.name, folder / "bin" / "python") for folder in root.glob("*.*.*") if folder.is_dir()]
     found = [(release, python) for release, python in found if re.fullmatch(r"[\d.]+", release) and python.exists()]
@@ -323,36 +326,81 @@ def install(
 ) -> None:
     """Installs locked rows into the environment of ``python``: wheels first, then what is built with them.
 
-    Every archive's digest is checked by uv against the row (``--require-hashes``); a git revision is its own digest.
+    Every archive's digest is checked by uv against the row; a git revision is its own digest.
     Raises JobError (ENVIRONMENT) in uv's words.
     """
-    wheels = [row for row in rows if not row.built]
-    archives = [row for row in rows if row.built and not row.revision]
-    revisions = [row for row in rows if row.revision]
-    common = ["--compile-bytecode"] if compile_bytecode else []
-    _install(python, wheels, index_lines, root, ["--require-hashes", *common])
+    installation = _Installation(python, indexes.reachable_from_here(index_lines), root, compile_bytecode)
+    installation.add([row for row in rows if not row.built])
     # Source archives are built with what the wheels brought: isolated builds would fetch tools that no lock names.
-    _install(python, archives, index_lines, root, ["--require-hashes", "--no-build-isolation", *common])
-    _install(python, revisions, index_lines, root, ["--no-build-isolation", *common])
+    installation.add([row for row in rows if row.built], "--no-build-isolation")
+    installation.mend(rows)
 
 
-def _install(python: Path, rows: Sequence[Row], index_lines: Sequence[str], root: Path, options: Sequence[str]) -> None:
-    if not rows:
-        return
-    lines = indexes.reachable_from_here(index_lines)
-    secrets = indexes.secrets(lines)
-    with tool.private_folder(root) as folder:
-        (folder / "requirements.txt").write_text("".join(f"{lockfile.requirement_text(row)}\n" for row in rows))
-        argv = [
-            *(executable(), "pip", "install", "--python", str(python), "--no-deps", "--no-config"),
-            *("--cache-dir", str(root / "uv"), "--break-system-packages", *options, "-r", "requirements.txt"),
-        ]
-        result = _run(argv, folder, lines, secrets, INSTALL_TIMEOUT_S, what="Installing the environment")
-    if result.code:
-        text = credentials.redact(result.stderr, secrets.values())
-        raise JobError(
-            f"{len(rows)} locked packages could not be installed.",
-            words=words(text),
-            hint=hints.for_words(text, hints.INDEX),
+@dataclass(frozen=True)
+class _Installation:
+    """One environment that is being filled."""
+
+    python: Path
+    index_lines: tuple[str, ...]
+    root: Path
+    compile_bytecode: bool
+
+    def add(self, rows: Sequence[Row], *options: str) -> None:
+        """Installs rows by the files that the lock saw; where those are out of reach, by name from the indexes."""
+        exact = [row for row in rows if row.url and row.hashes and not row.direct]
+        named = [row for row in rows if row not in exact and not row.revision]
+        failed = self._uv("pylock.toml", lockfile.render_pylock(exact), options, exact) if exact else None
+        if failed and hints.is_unreachable(failed.stderr):
+            named, failed = [*exact, *named], None
+        if failed:
+            raise self._error(failed, len(exact))
+        # git has no archive whose digest could be required; the commit names the content
+        revisions = [row for row in rows if row.revision]
+        for group, required in ((named, ("--require-hashes",)), (revisions, ())):
+            text = "".join(f"{lockfile.requirement_text(row)}\n" for row in group)
+            failed = self._uv("requirements.txt", text, (*required, *options), group) if group else None
+            if failed:
+                raise self._error(failed, len(group))
+
+    def mend(self, rows: Sequence[Row]) -> None:
+        """Installs once more, from fresh files, what came damaged out of uv's cache."""
+        prefix = self.python.parent.parent
+        damaged = {canonicalize_name(name) for name in integrity.damaged(prefix)}
+        if not damaged:
+            return
+        self._forget(damaged)
+        again = [row for row in rows if row.name in damaged]
+        self.add(again, "--reinstall", *(("--no-build-isolation",) if any(row.built for row in again) else ()))
+        if still := integrity.damaged(prefix):
+            raise JobError(
+                f"Installed files differ from their packages: {', '.join(still)}.",
+                hint="The disk may be damaged, or something else writes into the cache.",
+                code="ENVIRONMENT",
+            )
+
+    def _forget(self, names: Iterable[str]) -> None:
+        with tool.private_folder(self.root) as folder:
+            argv = [executable(), "cache", "clean", *sorted(names), "--cache-dir", str(self.root / "uv"), "--no-config"]
+            tool.run(argv, cwd=folder, environ=tool.environment(folder), timeout_s=60)
+
+    def _uv(self, name: str, text: str, options: Sequence[str], rows: Sequence[Row]) -> tool.Result | None:
+        """One installation from a file. Returns a failed result, redacted; None when it went well."""
+        secrets = indexes.secrets(self.index_lines)
+        with tool.private_folder(self.root) as folder:
+            (folder / name).write_text(text)
+            argv = [
+                *(executable(), "pip", "install", "--python", str(self.python), "--no-deps", "--no-config"),
+                *("--break-system-packages", "--cache-dir", str(self.root / "uv"), "-r", name, *options),
+                *(("--compile-bytecode",) if self.compile_bytecode else ()),
+                *(("--preview-features", "pylock") if name == "pylock.toml" else ()),
+            ]
+            result = _run(argv, folder, self.index_lines, secrets, INSTALL_TIMEOUT_S, what="Installing packages")
+        return replace(result, stderr=credentials.redact(result.stderr, secrets.values())) if result.code else None
+
+    def _error(self, failed: tool.Result, count: int) -> JobError:
+        return JobError(
+            f"{count} locked packages could not be installed.",
+            words=words(failed.stderr),
+            hint=hints.for_words(failed.stderr, hints.INDEX),
             code="ENVIRONMENT",
         )

@@ -32,7 +32,7 @@ PREFIX_PLACEHOLDER = "/opt/placehold_placehold_placehold_placehold_placehold"
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a package: ``data``, or ``link`` for a symbolic one. ``placeholder``: text to replace by the prefix."""
+    """One file of a package: ``data``, or ``link`` if symbolic. ``placeholder``: text that becomes the prefix."""
 
     data: bytes = b""
     link: str = ""
