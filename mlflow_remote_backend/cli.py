@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Detached, RemoteError, RequestError, ServiceError
@@ -85,7 +86,30 @@ def parser() -> argparse.ArgumentParser:
     register = verb("register", _register, "make the run's model a version of a registered model")
     register.add_argument("name", metavar="NAME")
     register.add_argument("--path", default="model", help="the model's name or artifact path in the run (model)")
+    lock = verb("lock", _lock, "solve the project's environment anew and write its lock file", run=False)
+    lock.add_argument("project", metavar="PROJECT", help="the project's folder")
+    lock.add_argument("--platform", action="append", metavar="NAME", help="linux-64 (default), linux-aarch64, …")
+    lock.add_argument("-c", "--backend-config", metavar="FILE", help="a .json file, or JSON")
+    _add_env(verbs.add_parser("env", help="the environments cached on this machine"), common)
+    _add_image(verbs.add_parser("image", help="the image that runs our part of a job on Kubernetes"), common)
     return root
+
+
+def _add_env(env: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = env.add_subparsers(metavar="ACTION", required=True)
+    actions.add_parser("ls", parents=[common], help="list them").set_defaults(verb=_env_ls)
+    prune = actions.add_parser("prune", parents=[common], help="remove those that nobody used for a while")
+    prune.add_argument("--older-than", default="30d", metavar="DURATION", help="unused for that long (30d)")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.set_defaults(verb=_env_prune)
+
+
+def _add_image(image: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = image.add_subparsers(metavar="ACTION", required=True)
+    build = actions.add_parser("build", parents=[common], help="build it from a base image that has Python")
+    build.add_argument("--base", metavar="IMAGE", help="the image to build on")
+    build.add_argument("--push", default="", metavar="REPOSITORY", help="push it there and print its digest")
+    build.set_defaults(verb=_image_build)
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -123,9 +147,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from . import submission
     from .backend import plan
 
-    config = arguments.backend_config
+    config = _as_mapping(arguments.backend_config)
     if arguments.env_manager:
-        config = {**_as_mapping(config), "env_manager": arguments.env_manager}
+        config = {**config, "env_manager": arguments.env_manager}
     planned = plan(
         arguments.uri,
         arguments.entry_point,
@@ -279,6 +303,61 @@ def _register(arguments: argparse.Namespace) -> int:
     version = _run(arguments).register_model(arguments.name, arguments.path)
     data = {"name": version.name, "version": version.version}
     _print(arguments, data, lambda: f"{version.name} version {version.version}")
+    return OK
+
+
+def _lock(arguments: argparse.Namespace) -> int:
+    from . import submission
+
+    platforms = arguments.platform or ["linux-64"]
+    path = submission.write_lock(arguments.project, _as_mapping(arguments.backend_config), platforms)
+    _print(arguments, {"lock": str(path)}, lambda: str(path))
+    return OK
+
+
+def _env_ls(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from .environment import cache
+
+    found = cache.entries(cache.default_root())
+    _print(
+        arguments,
+        [dataclasses.asdict(each) for each in found],
+        lambda: "\n".join(f"{each.lock_key[:20]}  {each.size_bytes / 1e6:>9.1f} MB  {_use(each)}" for each in found),
+    )
+    return OK
+
+
+def _use(entry: Any) -> str:
+    import datetime
+
+    when = datetime.datetime.fromtimestamp(entry.last_used).isoformat(" ", "minutes")
+    return "in use" if entry.in_use else f"last used {when}" if entry.complete else "unfinished"
+
+
+def _env_prune(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from .config.kinds import DURATION, Place
+    from .environment import cache
+
+    older_than_s = float(DURATION.read(arguments.older_than, Place("--older-than", Path(), Path())))
+    done = cache.prune(cache.default_root(), older_than_s, dry_run=arguments.dry_run)
+    verb = "would free" if arguments.dry_run else "freed"
+    text = f"{verb} {done.bytes / 1e6:.1f} MB: {len(done.environments)} environments, {done.files} other files"
+    _print(arguments, dataclasses.asdict(done), lambda: text)
+    return OK
+
+
+def _image_build(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from .follow import stderr_line
+    from .runner import image
+
+    built = image.build(arguments.base or image.DEFAULT_BASE, arguments.push, say=stderr_line)
+    _print(arguments, dataclasses.asdict(built), lambda: built.digest or built.tag)
     return OK
 
 

@@ -225,13 +225,11 @@ def _load(
     uri: str, path: Path, version: str, entry_point: str, parameters: Mapping[str, Any], is_branch: bool
 ) -> Project:
     from mlflow.exceptions import MlflowException
-    from mlflow.projects.utils import load_project
 
-    _refuse_huge_mlproject(path)
     given = {str(key): str(value) for key, value in parameters.items()}
     _refuse_nul(given)
+    loaded = _mlproject(path)
     try:
-        loaded = load_project(str(path))
         point = loaded.get_entry_point(entry_point)
         final, extra = point.compute_parameters(given, storage_dir=None)
     except MlflowException as error:
@@ -240,6 +238,7 @@ def _load(
         words = f"{type(error).__name__}: {error}"
         raise ProjectError(f"The MLproject file of {redact_url(uri)!r} cannot be read.", words=words) from error
     git = _git_state(path)
+    env_type, env_config_path = _declared_environment(loaded)
     return Project(
         uri=uri,
         dir=path,
@@ -248,13 +247,40 @@ def _load(
         entry_point=_entry_point(entry_point, point),
         parameters=given,
         logged_params={str(key): str(value) for key, value in {**final, **extra}.items()},
-        env_type={"conda_env": "conda", "python_env": "python", "docker_env": "docker"}.get(loaded.env_type or "", ""),
-        env_config_path=Path(loaded.env_config_path) if loaded.env_config_path else None,
+        env_type=env_type,
+        env_config_path=env_config_path,
         docker_env=loaded.docker_env or None,
         source_name=_source_name(uri, path, git),
         git=git,
         is_branch=is_branch,
     )
+
+
+def declared_environment(path: Path) -> tuple[str, Path | None]:
+    """``conda``, ``python``, ``docker`` or empty, and the declared environment file of the project in ``path``."""
+    return _declared_environment(_mlproject(path))
+
+
+def _declared_environment(loaded: Any) -> tuple[str, Path | None]:
+    kind = {"conda_env": "conda", "python_env": "python", "docker_env": "docker"}.get(loaded.env_type or "", "")
+    return kind, Path(loaded.env_config_path) if loaded.env_config_path else None
+
+
+def _mlproject(path: Path) -> Any:
+    """MLflow's own reading of the MLproject file. Raises ProjectError."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.projects.utils import load_project
+
+    try:
+        _refuse_huge_mlproject(path)
+        return load_project(str(path))
+    except MlflowException as error:
+        raise ProjectError(f"Project {str(path)!r}: {error.message}") from error
+    except ProjectError:
+        raise
+    except Exception as error:  # whatever a hostile YAML makes MLflow's loader raise is the project's fault
+        words = f"{type(error).__name__}: {error}"
+        raise ProjectError(f"The MLproject file of {str(path)!r} cannot be read.", words=words) from error
 
 
 def _refuse_huge_mlproject(path: Path) -> None:

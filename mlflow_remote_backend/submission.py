@@ -182,6 +182,17 @@ class _Narrator:
             self._say(str(step))
 
 
+def write_lock(folder: str, backend_config: Mapping[str, Any], platforms: Sequence[str]) -> Path:
+    """Solve the environment of the project in ``folder`` anew and write its lock file there; the file's path."""
+    from .environment import cache, locking, spec
+
+    path = Path(folder).absolute()
+    env_type, env_config_path = project.declared_environment(path)
+    config = configuration.parse(backend_config, project_dir=path, environ=os.environ)
+    declared = spec.load(path, env_type, env_config_path, config.env_manager, config.environment)
+    return locking.write_lock(declared, cache.default_root(), lock_for=platforms)
+
+
 def _platform(config: BackendConfig) -> str:
     """Where the job runs, as conda names platforms: this machine's; elsewhere linux-64 unless said otherwise."""
     from .environment import platforms

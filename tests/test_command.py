@@ -155,7 +155,7 @@ def test_the_command_equals_the_one_that_mlflow_computes(declared, extra):
     ],
 )
 def test_a_value_that_would_leave_the_templates_own_quotes_is_refused(template, value):
-    with pytest.raises(ProjectError, match="inside .*(quotes|backticks|here-document)"):
+    with pytest.raises(ProjectError, match=r"inside .*(quotes|backticks|here-document)"):
         command.render(entry(template, "p"), {"p": value}, {})
 
 
@@ -196,7 +196,7 @@ def test_a_nul_byte_is_refused_and_named():
 
 
 def test_a_command_too_long_for_any_program_is_refused_with_its_size():
-    with pytest.raises(ProjectError, match="131,?0\\d\\d|bytes long"):
+    with pytest.raises(ProjectError, match="bytes long"):
         command.render(entry("x {p}", "p"), {"p": "a" * command.MAX_COMMAND_BYTES}, {})
 
 

@@ -37,7 +37,7 @@ def values_of(entry_point: EntryPoint, given: Mapping[str, str]) -> tuple[dict[s
 
 
 def render(entry_point: EntryPoint, declared: Mapping[str, str], extra: Mapping[str, str]) -> str:
-    """The command line for ``bash -c``. Raises ProjectError: NUL, a dangerous value in quotes, too long, no template."""
+    """The command line for ``bash -c``. Raises ProjectError: NUL, a dangerous value in quotes, too long."""
     for key, value in {**declared, **extra}.items():
         if "\0" in key or "\0" in value:
             raise ProjectError(f"Parameter {key!r} has a NUL byte, which no command line can carry.")

@@ -198,7 +198,8 @@ class LogUploader:
 
     def _write_index_if_due(self, now_or_never: bool = False) -> None:
         now = self._clock()
-        if self._indexed == self._parts or not self._parts or not (now_or_never or now >= self._index_due):
+        due = now_or_never or (self._parts and now >= self._index_due)  # a silent program has an empty index at its end
+        if self._indexed == self._parts or not due:
             return
         written, document = list(self._parts), dump_index(self._parts)
         self._record.upload(document, INDEX)

@@ -249,7 +249,7 @@ class _Job:
                 self._running = self._program.start(self.spec, self.folder, self._start)
                 if self._cancelled:  # while it was being started
                     self._stop()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is in the run and in the supervisor's log
             traceback.print_exc()
             failed = {
                 "reason": getattr(error, "code", "BOOTSTRAP"),

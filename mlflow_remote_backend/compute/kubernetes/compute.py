@@ -67,6 +67,12 @@ class KubernetesCompute:
 
     # ------------------------------------------------------------------------------------------ before it exists
 
+    def describe(self) -> str:
+        """Which cluster this is, in one line, for ``mlflow-remote doctor``. Raises ComputeError if it is silent."""
+        api = self._connected()
+        version = api.get("/version", patience_s=5.0).body.get("gitVersion", "")
+        return f"Kubernetes {version}, namespace {self._namespace_of(api)}"
+
     def render(self, spec: JobSpec) -> Request:
         built = manifest.build(spec, SecretNames(program=spec.secret_names), envelope.dump(spec))
         return Request(spec, {"job": built.job, "release": built.release})
