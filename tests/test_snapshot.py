@@ -364,8 +364,14 @@ def test_gitignore_means_what_it_means_to_git(tmp_path: Path) -> None:
 
 
 def test_patterns_reach_names_with_line_feeds_and_undecodable_bytes(project: Path) -> None:
-    plant(project, {".gitignore": "secret.txt\nx?y\n*.bin\n", "a\nb/secret.txt": "s", "x\ny": "s", "\udcff.bin": b"s"})
+    plant(project, {".gitignore": "secret.txt\nx?y\n*.bin\n**/keys/*.txt\n", "\udcff.bin": b"s"})
+    plant(project, {"a\nb/secret.txt": "s", "x\ny": "s", "c\nd/keys/e.txt": "s"})
     assert paths(project) == []
+
+
+def test_two_asterisks_reach_all_levels(project: Path) -> None:
+    plant(project, {".gitignore": "*.csv\n!d/**\n", "a.csv": "a", "d/a.csv": "a", "d/e/f/a.csv": "a"})
+    assert paths(project) == ["d/a.csv", "d/e/f/a.csv"]
 
 
 def test_only_what_lies_in_the_tree_decides(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,6 +425,7 @@ LARDER: dict[str, Content] = {
     "conf/.env": "E=2",
     "conf/a.yaml": "y",
     "conf/.ssh/known_hosts": "h",
+    "conf/.ssh/id": "i",
     ".venv/lib/site.py": "s",
     "venv/pyvenv.cfg": "",
     "venv/lib/site.py": "s",
@@ -442,7 +449,7 @@ LARDER: dict[str, Content] = {
         (("/.env",), (), [".env", "conf/a.yaml"]),
         (("conf/",), (), ["conf/a.yaml"]),  # names the folder, not the credentials in it
         (("conf/", "conf/.ssh/known_hosts"), (), ["conf/.ssh/known_hosts", "conf/a.yaml"]),
-        (("conf/.ssh",), (), ["conf/.ssh/known_hosts", "conf/a.yaml"]),
+        (("conf/.ssh",), (), ["conf/.ssh/id", "conf/.ssh/known_hosts", "conf/a.yaml"]),
         ((".venv",), (), [".venv/lib/site.py", "conf/a.yaml"]),
         (("venv",), (), ["conf/a.yaml", "venv/lib/site.py", "venv/pyvenv.cfg"]),
         (("venv/lib/site.py",), (), ["conf/a.yaml", "venv/lib/site.py"]),
@@ -457,6 +464,12 @@ def test_include_and_exclude(
 ) -> None:
     plant(project, LARDER)
     assert paths(project, include=include, exclude=exclude) == left
+
+
+def test_what_lies_in_an_opened_folder_is_listed_once_with_it(project: Path) -> None:
+    plant(project, LARDER)
+    left_out = scanned(project, include=("data/raw/*.csv", "venv/lib/site.py")).left_out
+    assert [each.path for each in left_out if each.path.startswith(("data", "venv"))] == ["data", "venv"]
 
 
 def test_a_folder_opened_in_vain_is_not_packed(project: Path) -> None:
