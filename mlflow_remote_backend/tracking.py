@@ -116,9 +116,10 @@ class Tracking:
         if "401" in words or "403" in words or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
             hint = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
             return TrackingError(f"{where} refused {doing}.", words=words, hint=hint, code="TRACKING_AUTH")
+        if not _unanswered(error, words, status):
+            return TrackingError(f"{where}: {doing} failed.", words=words)
         hint = "Check the tracking URI (MLFLOW_TRACKING_URI) and that the server runs."
-        transient = status >= 500 or not code or code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
-        return TrackingError(f"{where} did not answer: {doing}.", words=words, hint=hint, transient=transient)
+        return TrackingError(f"{where} did not answer: {doing}.", words=words, hint=hint, transient=True)
 
     def preflight(self, experiment_id: str) -> None:
         """Raise within PREFLIGHT_S seconds if the server is away or the experiment does not exist."""
@@ -331,6 +332,20 @@ def _tracking_uri(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+
+
+_UNANSWERED = ("Max retries", "onnection", "timed out", "Timeout", "too many 5", "database is locked", "unable to open")
+
+
+def _unanswered(error: BaseException, words: str, status: int) -> bool:
+    """Whether the server was away, slow or overloaded, rather than of another opinion."""
+    import requests
+
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    network = any(isinstance(each, (requests.RequestException, OSError)) for each in chain)
+    return network or any(each in words for each in _UNANSWERED) or status in (429, 502, 503, 504)
 
 
 _LIMITS = {
