@@ -20,15 +20,19 @@ _CONDA_TOKEN = re.compile(r"(?<=/t/)(?P<token>[^/\s]+)(?=/)")
 def has_literal(url: str) -> bool:
     """Whether the URL carries a credential in clear: user information or a conda token that is no ``$VARIABLE``.
 
-    A bare user name counts over HTTP, where it may be a token, and not over SSH, where ``git@`` is an address.
+    A user name beside a password is none. Alone it counts over HTTP, where it may be a token, and not over SSH, where
+    ``git@`` is an address.
     """
     token = _CONDA_TOKEN.search(url)
     if token and _PLACEHOLDER.sub("", token["token"]):
         return True
     match = _USERINFO.search(url)
-    if not match or (":" not in match["userinfo"] and not re.match(r"(\w+\+)?https?://", match["scheme"])):
+    if not match:
         return False
-    return _PLACEHOLDER.sub("", match["userinfo"]).strip(":") != ""
+    user, colon, password = match["userinfo"].partition(":")
+    if not colon and not re.match(r"(\w+\+)?https?://", match["scheme"]):
+        return False
+    return _PLACEHOLDER.sub("", password if colon else user) != ""
 
 
 def strip(url: str) -> str:

@@ -28,6 +28,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "Credentials are taken from ~/.netrc, a keyring, or variables named in the URL: https://${USER}:${PASSWORD}@…",
     ),
     (r"[Cc]ertificate|UnknownIssuer|self.signed", "Name your company's certificates in SSL_CERT_FILE."),
+    (r"Bad CRC|[Ff]ailed to extract|invalid [Zz]ip|corrupt", "The file is damaged, on its way or where it is kept. "),
     (
         r"No module named|ModuleNotFoundError|build_backend|backend",
         "A package that must be built needs its build tools in the lock: add them to build_dependencies "

@@ -54,9 +54,9 @@ def compile_rows(
             *("--constraints", "constraints.txt", "--python-platform", platforms.uv_platform(platform)),
             *("--python-version", python, "--python", sys.executable, "--no-python-downloads"),
             *("--cache-dir", str(root / "uv"), *_build_options(packages.build_options)),
-            *(["--find-links", "provided"] if provided else []),
         ]
-        result = _run(argv, folder, index_lines, secrets, COMPILE_TIMEOUT_S, what=f"Locking {shown}")
+        lines = (*index_lines, f"--find-links {folder / 'provided'}") if provided else index_lines
+        result = _run(argv, folder, lines, secrets, COMPILE_TIMEOUT_S, what=f"Locking {shown}")
     if result.code:
         raise _unsolved(shown, platform, python, credentials.redact(result.stderr, secrets.values()))
     pins = _pins(packages)

@@ -260,6 +260,7 @@ def test_literal_credentials_are_seen_and_never_shown(url: str) -> None:
         "https://host.example/a@b",
         "https://${U}:${P}@host.example/simple",
         "https://$U:$P@host.example/x",
+        "https://reader:$P@host.example/x",
         "git+ssh://git@host.example/x.git",
         "https://host.example/?mail=a@b",
         "https://host.example/t/${TOKEN}/channel",
