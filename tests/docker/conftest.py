@@ -6,9 +6,10 @@ import io
 import os
 import tarfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlflow_remote_backend.compute.docker.program import ContainerRun, DockerPro
 from mlflow_remote_backend.job import EntryPoint, JobSpec, RunRef, SnapshotRef
 from mlflow_remote_backend.runner.prepare import prepare
 from mlflow_remote_backend.runner.run_folder import RunFolder
-from mlflow_remote_backend.runner.spool import ExitRecord, Spool
+from mlflow_remote_backend.runner.spool import ExitRecord, Prepared, Spool
 from mlflow_remote_backend.runner.supervise import Start
 
 PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
@@ -39,6 +40,23 @@ def client() -> Iterator[Any]:
     """The SDK's own client, for what we never ask an engine."""
     with docker.APIClient(version="auto", **Endpoint.from_options({}, os.environ).arguments()) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def registry() -> str:
+    """A registry that the engine may push to: the address of one that runs."""
+    address = os.environ.get("MLFLOW_REMOTE_TEST_REGISTRY", "127.0.0.1:5000")
+    try:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://{address}/v2/", timeout=5).close()
+    except OSError as error:
+        pytest.skip(f"no registry at {address}: {error}")
+    return address
+
+
+@pytest.fixture(scope="session")
+def python_image() -> str:
+    """An image with Python 3.10 or newer."""
+    return PYTHON_IMAGE
 
 
 @pytest.fixture(scope="session")
@@ -96,13 +114,24 @@ class Job:
     environ: Mapping[str, str]
     secrets: Mapping[str, str]
     program: DockerProgram
+    details: list[str] = field(default_factory=list)  # what was said while it was prepared
 
-    def start(self) -> ContainerRun:
+    def prepare(self) -> Prepared:
         place = self.program.place(self.spec, self.folder, self.environ)
+        say = self.folder.say
+        self.folder.say = lambda phase, detail="": (self.details.append(detail), say(phase, detail))  # type: ignore
         prepare(self.spec, place)
         prepared = Spool(self.folder.spool).prepared()
         assert prepared is not None
-        assert prepared.failed is None
+        return prepared
+
+    def prepare_failed(self) -> Mapping[str, str]:
+        failed = self.prepare().failed
+        assert failed is not None
+        return failed
+
+    def start(self) -> ContainerRun:
+        assert self.prepare().failed is None
         running = self.program.start(self.spec, self.folder, Start(self.environ, self.secrets))
         assert isinstance(running, ContainerRun)
         return running

@@ -9,6 +9,7 @@ network at all. The interpreter of a virtual environment is the image's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import tempfile
@@ -126,6 +127,8 @@ def ensure(
             found, marker = _in_image(build, auth, cache_root)
         else:
             found, marker = image, _in_volume(build, cache_root)
+    except ComputeError as error:
+        raise JobError(error.what, words=error.words, hint=error.hint, code="ENVIRONMENT") from error
     finally:
         with contextlib.suppress(ComputeError):
             engine.remove(build.container)
@@ -159,6 +162,7 @@ def _marker(build: _Build, image: Image, mounts: Sequence[Mapping[str, Any]]) ->
         "Labels": request.labels(build.spec),
         "HostConfig": {"Mounts": list(mounts)},
     }
+    build.engine.remove(build.container)
     container = build.engine.create(build.container, document)
     try:
         return _marker_in(build, container)
@@ -206,7 +210,8 @@ def _in_image(build: _Build, auth: Mapping[str, Any] | None, cache_root: Path) -
         found = build.engine.image(name)
     if found is None:
         raise JobError(f"Image {name} is gone although it was just made.", code="ENVIRONMENT")
-    image = Image.from_inspect(found)
+    made = Image.from_inspect(found)
+    image = dataclasses.replace(build.image, id=made.id, digest=made.digest)
     return image, _required(build, _marker(build, image, []))
 
 
@@ -221,10 +226,14 @@ def _pulled(build: _Build, name: str, auth: Mapping[str, Any] | None) -> dict[st
 
 def _commit(build: _Build, name: str) -> None:
     build.say(f"making image {name}")
-    base = build.engine.image(build.image.id) or {}
-    own = {ENVIRONMENT_LABEL: build.ref.lock_key, **dict([request.MANAGED_LABEL.split("=", 1)])}
-    config = {**(base.get("Config") or {}), "Image": build.image.id}
-    config["Labels"] = {**(config.get("Labels") or {}), **own}
+    base = (build.engine.image(build.image.id) or {}).get("Config") or {}
+    managed, _, by = request.MANAGED_LABEL.partition("=")
+    config = {
+        **base,
+        "Labels": {**(base.get("Labels") or {}), managed: by, ENVIRONMENT_LABEL: build.ref.lock_key},
+        "Entrypoint": base.get("Entrypoint") or [],  # where there is none, the engine would take the builder's
+        "Cmd": base.get("Cmd") or ["/bin/sh"],
+    }
     repository, tag = split_reference(name)
     build.engine.commit(build.container, repository, tag, config, "mlflow-remote: an environment by its lock key")
 

@@ -214,8 +214,7 @@ def _copy_in(site: Site, spec: JobSpec, folder: RunFolder, container: str, made:
 def _runner_files(ours: str) -> Iterator[copying.Item]:
     here = Path(execute.__file__)
     yield copying.Item(f"{ours}/execute.py", here.read_bytes(), 0o644)
-    if here.with_name("execute.sh").exists():  # TODO
-        yield copying.Item(f"{ours}/execute.sh", here.with_name("execute.sh").read_bytes(), 0o644)
+    yield copying.Item(f"{ours}/execute.sh", here.with_name("execute.sh").read_bytes(), 0o644)
     yield copying.Item(f"{ours}/tail.py", Path(tail.__file__).read_bytes(), 0o644)
     for name, text in (("start.sh", scripts.START), ("follow.sh", scripts.FOLLOW), ("tail.sh", scripts.TAIL)):
         yield copying.Item(f"{ours}/{name}", text.encode(), 0o644)

@@ -19,8 +19,9 @@ from ...errors import JobError
 from ...job import EnvironmentRef
 from .copying import Item
 
-_ALWAYS = ("uv", "packaging")
-_FOR_CONDA = ("py-rattler", "pyyaml", "requests", "urllib3", "idna", "certifi", "charset-normalizer")
+#: What ``environment.materialise`` says that it needs, with what that needs in turn.
+_ALWAYS = ("uv", "packaging", "pyyaml", "requests", "urllib3", "idna", "certifi", "charset-normalizer")
+_FOR_CONDA = ("py-rattler",)
 OLDEST_PYTHON = "3.10"  # the container's may be newer: what is compiled is abi3, or has a Python twin
 INSTALL_TIMEOUT_S = 600
 
