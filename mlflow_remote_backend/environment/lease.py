@@ -144,7 +144,8 @@ def sharing(path: Path, *, alone: bool = False) -> Iterator[bool]:
         except OSError:
             yield False
         else:
-            os.utime(path)
+            if not alone:
+                os.utime(path)  # the last time that somebody needed what it guards
             yield True
     finally:
         os.close(descriptor)

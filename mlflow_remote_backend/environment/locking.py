@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import EnvironmentError_
 from ..job import EnvironmentRef
-from . import hints, indexes, lease, lockfile, platforms, requirements
+from . import cache, hints, indexes, lease, lockfile, platforms, requirements
 from .lockfile import Row
 from .progress import Progress, Report, silent
 from .spec import EnvSpec, digest
@@ -100,7 +100,7 @@ def _lock_once(request: _Request, folder: Path) -> EnvironmentRef:
     def waiting() -> None:
         request.report(Progress("waiting", detail="another process locks the same"))
 
-    with lease.hold(folder, waiting=waiting):
+    with lease.hold(folder, waiting=waiting), lease.sharing(request.root / cache.BUILDS):
         ref = _read(folder) or _lock(request)
         _write(folder, ref)
     return ref
