@@ -104,7 +104,6 @@ def test_execute_needs_the_standard_library_only() -> None:
     [
         pytest.param(["importlinter.cli", "lint_imports_command"], id="import-linter"),
         pytest.param(["ruff", "check", "."], id="ruff"),
-        pytest.param(["ruff", "format", "--check", "."], id="ruff-format"),
         pytest.param(["mypy"], id="mypy"),
     ],
 )
