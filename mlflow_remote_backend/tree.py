@@ -288,15 +288,9 @@ def target_inside(root: Path, path: str, target: str) -> str | None:
     plain = "/".join(names) or "."
     if not target.startswith("/") and is_safe_target(path, plain):
         return plain
-    real_root = os.path.realpath(os.fsencode(root))
-    folder = os.path.join(real_root, os.path.dirname(raw(path)))
+    folder = os.path.join(os.path.realpath(os.fsencode(root)), os.path.dirname(raw(path)))
     parent, name = os.path.split(os.path.join(folder, raw(target).rstrip(b"/")))
-    if name in (b"..", b".", b""):
-        resolved = os.path.realpath(os.path.join(parent, name))
-    else:
-        resolved = os.path.join(os.path.realpath(parent), name)
-    if resolved != real_root and not resolved.startswith(real_root + os.fsencode(os.sep)):
-        return None
+    resolved = os.path.join(os.path.realpath(parent), name)
     rewritten = os.path.relpath(resolved, folder).decode(ENCODING, ERRORS)
     return rewritten if is_safe_target(path, rewritten) else None
 

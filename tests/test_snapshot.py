@@ -427,6 +427,7 @@ LARDER: dict[str, Content] = {
     "conf/.ssh/known_hosts": "h",
     "conf/.ssh/id": "i",
     ".venv/lib/site.py": "s",
+    ".venv/pyvenv.cfg": "",
     "venv/pyvenv.cfg": "",
     "venv/lib/site.py": "s",
 }
@@ -450,7 +451,7 @@ LARDER: dict[str, Content] = {
         (("conf/",), (), ["conf/a.yaml"]),  # names the folder, not the credentials in it
         (("conf/", "conf/.ssh/known_hosts"), (), ["conf/.ssh/known_hosts", "conf/a.yaml"]),
         (("conf/.ssh",), (), ["conf/.ssh/id", "conf/.ssh/known_hosts", "conf/a.yaml"]),
-        ((".venv",), (), [".venv/lib/site.py", "conf/a.yaml"]),
+        ((".venv",), (), [".venv/lib/site.py", ".venv/pyvenv.cfg", "conf/a.yaml"]),
         (("venv",), (), ["conf/a.yaml", "venv/lib/site.py", "venv/pyvenv.cfg"]),
         (("venv/lib/site.py",), (), ["conf/a.yaml", "venv/lib/site.py"]),
         ((".venv/lib/*.py",), (), [".venv/lib/site.py", "conf/a.yaml"]),
@@ -468,8 +469,9 @@ def test_include_and_exclude(
 
 def test_what_lies_in_an_opened_folder_is_listed_once_with_it(project: Path) -> None:
     plant(project, LARDER)
-    left_out = scanned(project, include=("data/raw/*.csv", "venv/lib/site.py")).left_out
-    assert [each.path for each in left_out if each.path.startswith(("data", "venv"))] == ["data", "venv"]
+    left_out = scanned(project, include=("data/raw/*.csv", "venv/lib/site.py", ".venv/lib/site.py")).left_out
+    outside_conf = [each.path for each in left_out if not each.path.startswith("conf")]
+    assert outside_conf == [".env", ".venv", "a.log", "build", "d/b.log", "data", "venv"]
 
 
 def test_a_folder_opened_in_vain_is_not_packed(project: Path) -> None:
@@ -546,6 +548,8 @@ def test_what_the_job_needs_must_be_there(project: Path) -> None:
         ("l", "{alias}/d/b", "d/b"),
         ("l", "deep/../x", "e/x"),
         ("l", "{project}/missing", "missing"),
+        ("l", "{project}/deep/..", "e"),
+        ("d/l", "{project}/d/../", ".."),
     ],
 )
 def test_links_that_stay_inside_are_packed_as_relative_links(
@@ -585,6 +589,7 @@ def test_links_that_lead_out_are_refused_by_name(project: Path, tmp_path: Path, 
 def test_nothing_behind_a_link_to_a_folder_is_packed(project: Path, tmp_path: Path) -> None:
     plant(project, {"d/a": "A", "to_d": Link("d"), "loop/self": Link("."), "loop/up": Link("..")})
     assert paths(project) == ["d/a", "loop/self", "loop/up", "to_d"]
+    assert scanned(project).warnings == ()
 
 
 def test_a_link_to_what_stays_behind_is_told(project: Path) -> None:
