@@ -241,9 +241,11 @@ class Follower:
         except RemoteError as error:
             self._say(f"cancelling did not succeed: {error}")
 
-    def detached(self) -> Detached:
+    def detached(self, why: str = "") -> Detached:
         return Detached(
-            f"Detached from run {self.run_id}, which goes on.", hint=f"To come back: mlflow-remote attach {self.run_id}"
+            f"Detached from run {self.run_id}, which goes on.",
+            words=why,
+            hint=f"To come back: mlflow-remote attach {self.run_id}",
         )
 
     def _status(self) -> JobStatus | None:
@@ -253,6 +255,8 @@ class Follower:
         try:
             status = self._compute.status(self._handle)
         except RemoteError as error:
+            if error.code == "UNAUTHORIZED":
+                raise self.detached(f"Your login to the compute is not valid any more. {error.words}") from error
             self._silence(error)
             return None
         self._silent_since, self._silence_told = None, False

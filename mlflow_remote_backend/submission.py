@@ -120,11 +120,14 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     found = stack.enter_context(project.fetch(order.uri, order.version, order.entry_point, order.parameters))
     config = configuration.parse(order.backend_config, project_dir=found.dir, environ=os.environ, cli=order.cli)
     tracking = Tracking(order.tracking_uri)
-    tracking.preflight(order.experiment_id)
+    artifact_uri = tracking.preflight(order.experiment_id)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-remote-")))
     seconds: dict[str, float] = {}
     packed, locked = _pack_and_lock(found, config, tracking, folder, say, seconds)
-    spec = describe(order, found, config, packed, locked, tracking)
+    run = RunRef(
+        experiment_id=order.experiment_id, artifact_uri=artifact_uri, tracking_uri=config.tracking_uri or tracking.uri
+    )
+    spec = describe(run, found, config, packed, locked)
     compute = computes.from_options(config.compute, spec.options)
     request = compute.render(spec)
     secrets = secrets_of(config, os.environ)
@@ -213,18 +216,20 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def describe(
-    order: Order,
+    run: RunRef,
     found: Project,
     config: BackendConfig,
     packed: snapshot.Snapshot,
     locked: EnvironmentRef,
-    tracking: Tracking,
 ) -> JobSpec:
-    """All of it in one frozen value; run id and artifact URI still placeholders. Pure but for the submission id."""
+    """All of it in one frozen value. ``run``: its id still a placeholder, its artifact URI the experiment's.
+
+    Pure but for the submission id.
+    """
     declared, _ = command.values_of(found.entry_point, found.parameters)
     command.check_quoting(found.entry_point, declared)
     return JobSpec(
-        run=RunRef(experiment_id=order.experiment_id, tracking_uri=config.tracking_uri or tracking.uri),
+        run=run,
         submission_id=config.submission_id or uuid.uuid4().hex,
         project_name=found.name,
         entry_point=found.entry_point,

@@ -121,11 +121,12 @@ class Tracking:
         hint = "Check the tracking URI (MLFLOW_TRACKING_URI) and that the server runs."
         return TrackingError(f"{where} did not answer: {doing}.", words=words, hint=hint, transient=True)
 
-    def preflight(self, experiment_id: str) -> None:
-        """Raise within PREFLIGHT_S seconds if the server is away or the experiment does not exist."""
+    def preflight(self, experiment_id: str) -> str:
+        """The experiment's artifact location. Raises within PREFLIGHT_S if the server is away or has no such experiment."""
         if self.uri.startswith(("http://", "https://")):
             self._reachable()
-        self.call("reading the experiment", lambda: self.client.get_experiment(experiment_id))
+        experiment = self.call("reading the experiment", lambda: self.client.get_experiment(experiment_id))
+        return str(experiment.artifact_location)
 
     def _reachable(self) -> None:
         import requests

@@ -88,7 +88,8 @@ def test_ls_lists_runs_newest_first(run, remote):
 def test_register_makes_a_model_version(run, remote):
     script = (
         f'{sys.executable} -c "import mlflow, mlflow.pyfunc; '
-        "mlflow.start_run(); mlflow.pyfunc.log_model(name='model', python_model=lambda model_input: model_input, pip_requirements=[])\""
+        "mlflow.start_run(); "
+        "mlflow.pyfunc.log_model(name='model', python_model=lambda model_input: model_input, pip_requirements=[])\""
     )
     run_id = run(script)
     assert remote("status", run_id)[0] == 0, remote("logs", run_id)[1]

@@ -49,6 +49,19 @@ def test_equal_specs_give_equal_bytes(spec):
     assert envelope.dump(spec) == envelope.dump(envelope.load(envelope.dump(spec)))
 
 
+@settings(deadline=None)
+@given(specs)
+def test_a_compressed_one_says_the_same(spec):
+    text = envelope.dump(spec)
+    assert envelope.load(envelope.compressed(text)) == spec
+    assert envelope.compressed(text) == envelope.compressed(text)
+
+
+def test_a_bomb_is_refused():
+    with pytest.raises(JobError, match="cannot be read"):
+        envelope.load(envelope.compressed(" " * (envelope.MAX_BYTES + 1)))
+
+
 def minimal() -> dict:
     spec = job.JobSpec(
         job.RunRef(), "s", "p", job.EntryPoint("main", "x"), {}, job.SnapshotRef("sha256:0", 0), job.EnvironmentRef()
@@ -73,7 +86,10 @@ def test_another_version_is_refused_by_number():
         envelope.load(json.dumps(document))
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'{"version": 1}', b'{"version": 1, "spec": 3}', b"\xff"])
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"null", b'{"version": 1}', b'{"version": 1, "spec": 3}', b"\xff", b"\x1f\x8b\x08broken"],
+)
 def test_a_damaged_envelope_is_a_job_error(raw):
     with pytest.raises(JobError):
         envelope.load(raw)
