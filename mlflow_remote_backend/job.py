@@ -142,7 +142,7 @@ class EnvironmentRef:
 
     ``lock_key`` is empty for local and docker; ``lock``: the lock file's text, which travels with the job.
     ``kind``: format of the lock, ``conda-lock`` or ``requirements``. ``python``: version wanted, for a venv.
-    ``indexes``: option lines (``--index-url URL``) and ``channels``: lines ``NAME URL``, where the packages are fetched,
+    ``indexes``: option lines (``--index-url URL``) and ``channels``: lines ``NAME URL``, where packages are fetched,
     with ``${NAME}`` for credentials; ``files``: where a file of that sha256 was seen, for locks that do not say it.
     ``env_vars``: what the environment sets. ``notices``: one line each, for a person.
     """

@@ -122,7 +122,7 @@ class Tracking:
         return TrackingError(f"{where} did not answer: {doing}.", words=words, hint=hint, transient=True)
 
     def preflight(self, experiment_id: str) -> str:
-        """The experiment's artifact location. Raises within PREFLIGHT_S if the server is away or has no such experiment."""
+        """The experiment's artifact location. Raises within PREFLIGHT_S if there is no such server or experiment."""
         if self.uri.startswith(("http://", "https://")):
             self._reachable()
         experiment = self.call("reading the experiment", lambda: self.client.get_experiment(experiment_id))
