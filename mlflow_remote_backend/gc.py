@@ -7,16 +7,19 @@ ABSENT_S. Caches stay unless they are asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
-from .compute.base import JobHandle
-from .compute.local import LocalCompute
-from .errors import RemoteError, RequestError
+from . import compute as computes
+from .compute.base import Compute
+from .compute.supervised import SupervisedCompute
+from .errors import ComputeError, JobError, RemoteError, RequestError
 from .follow import settle
-from .runner.run_folder import RunFolder, all_folders, machine_id
+from .runner.run_folder import RunFolder, all_folders, state_root
 from .submitted_run import close_if_abandoned
-from .tracking import Tracking
+from .tracking import RunView, Tracking
 
 ABSENT_S = 15 * 60
 
@@ -34,6 +37,7 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     """End abandoned runs, finish dead jobs of this machine, remove what finished ones left. Yields as it goes."""
     yield from _abandoned_runs(tracking, dry_run)
     yield from _folders(tracking, dry_run)
+    yield from _engine(tracking, dry_run, cache)
 
 
 def _abandoned_runs(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
@@ -45,32 +49,85 @@ def _abandoned_runs(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
 
 
 def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
-    compute = LocalCompute()
-    for folder in all_folders(compute.root):
+    for folder in all_folders(state_root()):
         if folder.supervised():
             continue
-        action = _folder_action(tracking, compute, folder, dry_run)
+        try:
+            action = _folder_action(tracking, folder, dry_run)
+        except ComputeError as error:  # one engine that is away must not keep the others' folders
+            yield Collected("error", error.code, str(error))
+            continue
         if action:
             yield Collected("folder", str(folder.path), ("would be " if dry_run else "") + action)
 
 
-def _folder_action(tracking: Tracking, compute: LocalCompute, folder: RunFolder, dry_run: bool) -> str:
-    handle = JobHandle(f"local://{machine_id(compute.root)}/{folder.run_id}")
-    try:
-        view = tracking.view(folder.run_id)
-    except RequestError:
-        if time.time() - folder.path.stat().st_mtime < ABSENT_S:
+def _folder_action(tracking: Tracking, folder: RunFolder, dry_run: bool) -> str:
+    view = _view(tracking, folder.run_id)
+    if view is None and time.time() - folder.path.stat().st_mtime < ABSENT_S:
+        return ""
+    why = "its run is not known to the tracking server" if view is None else "its run has ended"
+    compute = _compute_of(folder)
+    if compute is None:
+        if not _over(view):
             return ""
-        if not dry_run:
-            folder.remove()
-        return "removed: its run is not known to the tracking server"
-    if view.ended:
-        if not dry_run:
-            folder.remove()
-        return "removed: its run has ended"
+        _unless(dry_run, folder.remove)
+        return f"removed: {why}"
+    handle = compute.handle_of(folder)
+    if _over(view):
+        _unless(dry_run, lambda: compute.collect(handle))
+        return f"removed: {why}"
     if not dry_run:
-        settle(tracking, compute, handle, folder.run_id, compute.status(handle))
+        settle(tracking, cast(Compute, compute), handle, folder.run_id, compute.status(handle))
     return "given a new supervisor: the old one had died"
+
+
+def _view(tracking: Tracking, run_id: str) -> RunView | None:
+    """The run; None if the tracking server does not know it."""
+    try:
+        return tracking.view(run_id)
+    except RequestError:
+        return None
+
+
+def _over(view: RunView | None) -> bool:
+    """Whether nobody will write to the run any more."""
+    return view is None or view.ended
+
+
+def _compute_of(folder: RunFolder) -> SupervisedCompute | None:
+    """The compute whose job is in the folder; None where its envelope was never written, or cannot be read."""
+    try:
+        spec = folder.spec()
+    except (OSError, JobError):
+        return None
+    compute = computes.from_options(spec.compute, spec.options)
+    return compute if isinstance(compute, SupervisedCompute) else None
+
+
+def _unless(dry_run: bool, action: Callable[[], object]) -> None:
+    if not dry_run:
+        action()
+
+
+def _engine(tracking: Tracking, dry_run: bool, cache: bool) -> Iterator[Collected]:
+    """What runs left on the Docker engine that this machine uses, if there is one that answers."""
+    from .compute.docker import DockerCompute
+
+    compute = DockerCompute.from_options({})
+    try:
+        left = compute.leftovers(tracking.uri)
+    except ComputeError:
+        return
+    for each in left:
+        view = _view(tracking, each.run_id)
+        if _over(view) and (view is not None or each.age_s > ABSENT_S):
+            _unless(dry_run, partial(compute.remove_leftover, each))
+            yield Collected(each.kind, each.name, "would be removed" if dry_run else "removed: its run has ended")
+    for cached in compute.caches() if cache else ():
+        if dry_run and not cached.in_use:
+            yield Collected(cached.kind, cached.name, "would be removed: environments")
+        elif not dry_run and compute.remove_cache(cached):
+            yield Collected(cached.kind, cached.name, "removed: environments")
 
 
 def failures(items: Iterator[Collected]) -> Iterator[Collected]:

@@ -69,6 +69,9 @@ class LocalCompute(SupervisedCompute):
         self.start(request, Start(dict(os.environ), secrets.program, os.getcwd()))
         return JobHandle(self.handle_url(request.spec), request.spec.submission_id)
 
+    def handle_of(self, folder: RunFolder) -> JobHandle:
+        return JobHandle(f"local://{run_folder.machine_id(self.root)}/{folder.run_id}")
+
     def run_folder(self, handle: JobHandle) -> RunFolder:
         parts = urlsplit(handle.url)
         machine = handle.url.split("://", 1)[1].partition("/")[0]

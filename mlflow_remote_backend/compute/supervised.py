@@ -37,6 +37,10 @@ class SupervisedCompute:
         """The handle's folder. Raises a transient ComputeError where the job belongs to another machine."""
         raise NotImplementedError
 
+    def handle_of(self, folder: RunFolder) -> JobHandle:
+        """The handle of the job in a folder of this machine."""
+        raise NotImplementedError
+
     def check_machine(self, spec: JobSpec) -> None:
         """Raises where no supervisor could live here, or the spec wants what no supervisor does."""
         if os.name != "posix":

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import threading
-import time
 
 import pytest
 from engine_proxy import EngineProxy, engine_proxy
@@ -304,29 +303,15 @@ def test_a_paused_container_can_be_cancelled(make_job, client, until) -> None:
 # -- a bad connection
 
 
-def test_a_connection_that_breaks_again_and_again_loses_and_repeats_nothing(make_job, proxy: EngineProxy) -> None:
+def test_a_connection_that_breaks_again_and_again_loses_and_repeats_nothing(make_job, proxy, until) -> None:
+    expected = chatter(3, 2500)
     job = make_job("python3 chatter.py 3 2500", files={"chatter.py": CHATTER}, options={"base_url": proxy.url})
     running = job.start()
-    done = threading.Event()
-
-    def cut() -> None:
-        while not done.wait(0.3):
-            proxy.cut()
-
-    thread = threading.Thread(target=cut)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 60
-        while running.alive():
-            assert time.monotonic() < deadline
-            if len(job.log()) == len(chatter(3, 2500)):
-                done.set()
-            time.sleep(0.05)
-    finally:
-        done.set()
-        thread.join()
+    for part in range(1, 13):
+        until(lambda part=part: len(job.log()) >= len(expected) * part // 16)
+        proxy.cut()
     assert job.end(running).exit_code == 0
-    assert job.log() == chatter(3, 2500)
+    assert job.log() == expected
 
 
 def test_a_connection_that_falls_silent_is_made_anew(make_job, proxy: EngineProxy, until, monkeypatch) -> None:

@@ -26,8 +26,9 @@ from ...runner.run_folder import RunFolder
 from ...runner.supervise import Start
 from ..base import JobHandle, Request, Secrets
 from ..supervised import SupervisedCompute
-from . import arguments, copying, images, program, reach, request, watch
+from . import arguments, copying, images, leftovers, program, reach, request, watch
 from .engine import AUTH_VARIABLE, Endpoint, Engine, registry_auth
+from .leftovers import Cached, Leftover
 
 PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 _BUILT_IN_NETWORKS = ("", "bridge", "host", "none", "default")
@@ -136,12 +137,17 @@ class DockerCompute(SupervisedCompute):
         pinned = {
             **spec.options,
             "endpoint": dataclasses.asdict(self._engine().endpoint),
+            "engine": _engine_id(self._engine_info()),
             **({"resolved_image": str(found["Id"])} if found else {}),
         }
         bound = dataclasses.replace(request_, spec=dataclasses.replace(spec, options=pinned))
         auth = {key: value for key, value in secrets.runner.items() if key == AUTH_VARIABLE}
         self.start(bound, Start({**os.environ, **auth}, secrets.program, os.getcwd()))
         return JobHandle(self.handle_url(spec), f"{run_folder.machine_id(self.root)}/{spec.submission_id}")
+
+    def handle_of(self, folder: RunFolder) -> JobHandle:
+        options = folder.spec().options
+        return JobHandle(f"docker://{options.get('engine', 'engine')}/{request.container_name(folder.run_id)}")
 
     def run_folder(self, handle: JobHandle) -> RunFolder:
         return RunFolder(_run_id(handle), self.root)
@@ -191,6 +197,23 @@ class DockerCompute(SupervisedCompute):
 
     def recover(self, handle: JobHandle) -> bool:
         return self._ours(handle) and super().recover(handle)
+
+    # -- what is left on the engine
+
+    def leftovers(self, tracking_uri: str) -> list[Leftover]:
+        """Containers and volumes of runs of that tracking server, ended or not. Raises a transient ComputeError."""
+        mark = request.tracking_mark(tracking_uri)
+        return [each for each in leftovers.leftovers(self._engine()) if each.tracking == mark]
+
+    def remove_leftover(self, left: Leftover) -> None:
+        leftovers.remove(self._engine(), left)
+
+    def caches(self) -> Iterator[Cached]:
+        return leftovers.caches(self._engine())
+
+    def remove_cache(self, cached: Cached) -> bool:
+        """False: it is in use."""
+        return leftovers.remove_cache(self._engine(), cached)
 
     # -- the engine
 

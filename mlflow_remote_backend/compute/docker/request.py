@@ -12,6 +12,7 @@ the secrets come by stdin, so neither is in ``docker inspect``. Layout inside::
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ CACHE = "/mlflow-remote"
 
 MANAGED_LABEL = "app.kubernetes.io/managed-by=mlflow-remote"
 RUN_LABEL = "mlflow-remote/run-id"
-OWNER_LABEL = "mlflow-remote/owner"
+TRACKING_LABEL = "mlflow-remote/tracking"  # tells runs of one tracking server from another's on the same engine
 STOP_MARGIN_S = 10  # what execute may take beyond the grace period when the engine itself stops the container
 DEFAULT_PYTHON = "3.12"
 OWN_LOG = {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}}  # execute's own words, not the program's
@@ -155,8 +156,18 @@ def container(
 
 def labels(spec: JobSpec) -> dict[str, str]:
     name, _, value = MANAGED_LABEL.partition("=")
-    ours = {name: value, RUN_LABEL: spec.run.run_id, "mlflow-remote/submission-id": spec.submission_id}
+    ours = {
+        name: value,
+        RUN_LABEL: spec.run.run_id,
+        TRACKING_LABEL: tracking_mark(spec.run.tracking_uri),
+        "mlflow-remote/submission-id": spec.submission_id,
+    }
     return {**spec.annotations, **spec.labels, **ours}
+
+
+def tracking_mark(tracking_uri: str) -> str:
+    """A short name for a tracking server, which a label can hold."""
+    return hashlib.sha256(tracking_uri.rstrip("/").encode()).hexdigest()[:16]
 
 
 def network_of(spec: JobSpec) -> str:
