@@ -104,9 +104,6 @@ class Snapshot:
             entries=len(self.listing.entries),
         )
 
-    def listing_text(self) -> str:
-        return self.listing.to_text()
-
 
 def archive_name(digest: str) -> str:
     """The file name of a snapshot's archive. Content-addressed: equal names hold equal projects. Pure."""
