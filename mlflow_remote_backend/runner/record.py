@@ -88,9 +88,9 @@ class RunRecord:
         self._connect()
 
     def _connect(self) -> Any:
-        with self._lock:
+        with self._lock:  # two threads must not import MLflow at once: its modules import each other
             if self._client is None:
-                from mlflow.tracking import MlflowClient
+                from mlflow import MlflowClient
 
                 put_foreign_connections_aside()
                 self._client = MlflowClient(tracking_uri=self.run.tracking_uri or None)
@@ -113,15 +113,16 @@ class RunRecord:
 
     def log(self, tags: Mapping[str, str] = {}, metrics: Mapping[str, float] = {}) -> None:
         """Set tags (ours, names without prefix; a long value is cut) and log metrics (full names), in one request."""
-        from mlflow.entities import Metric, RunTag
 
-        now_ms = int(time.time() * 1000)
-        run_tags = [RunTag(PREFIX + key, cut(value, MAX_TAG_CHARS)) for key, value in tags.items()]
-        run_metrics = [Metric(key, value, now_ms, 0) for key, value in metrics.items()]
-        self._call(
-            "setting tags",
-            lambda client: client.log_batch(self.run.run_id, metrics=run_metrics, tags=run_tags),
-        )
+        def log(client: Any) -> None:
+            from mlflow.entities import Metric, RunTag
+
+            now_ms = int(time.time() * 1000)
+            run_tags = [RunTag(PREFIX + key, cut(value, MAX_TAG_CHARS)) for key, value in tags.items()]
+            run_metrics = [Metric(key, value, now_ms, 0) for key, value in metrics.items()]
+            client.log_batch(self.run.run_id, metrics=run_metrics, tags=run_tags)
+
+        self._call("setting tags", log)
 
     def end(self, status: str) -> None:
         """Write the terminal status over whatever is there."""
