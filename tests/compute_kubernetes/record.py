@@ -37,7 +37,7 @@ Change = Callable[[Document], None]
 
 @dataclass(frozen=True)
 class Scenario:
-    """``until``: what to wait for before recording. ``change``: made to the Job. ``after``: done once it was released."""
+    """``until``: what to wait for. ``change``: made to the Job. ``after``: done once it was released."""
 
     name: str
     until: Callable[[Cluster], bool]
@@ -46,7 +46,7 @@ class Scenario:
     prepare: Callable[[Cluster], None] = lambda cluster: None
     after: Callable[[Cluster], None] = lambda cluster: None
     resources: Resources = field(default_factory=Resources)
-    limits: Limits = Limits(grace_period_s=2, finalize_timeout_s=3)
+    limits: Limits = field(default_factory=lambda: Limits(grace_period_s=2, finalize_timeout_s=3))
     options: Document = field(default_factory=dict)
     secret: bool = True
 
@@ -242,10 +242,6 @@ def evict(cluster: Cluster) -> None:
     pod = first_pod(cluster)
     body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": cluster.namespace}}
     cluster.api.create(cluster.path(f"pods/{pod}/eviction"), body)
-
-
-def kill_whole_container(cluster: Cluster) -> None:
-    """Imitates the out-of-memory kill of cgroup v2, which takes every process of the container at once."""
 
 
 def suspend(cluster: Cluster) -> None:

@@ -22,12 +22,13 @@ from ...errors import ComputeError
 from ...job import JobSpec, JobStatus, LogChunk, Phase
 from ...runner import envelope
 from ..base import JobHandle, Request, Secrets
-from . import diagnosis, manifest, names, objects, preflight
+from . import diagnosis, ending, manifest, names, objects, pod_template, preflight
 from .api import Api, ApiError
 from .livelog import LiveLog
 from .manifest import Manifest, SecretNames
 from .names import Address
 from .objects import Observation
+from .pod_template import PodTemplate
 from .watch import VIEWS
 
 STATUS_PATIENCE_S = 2.0
@@ -43,7 +44,16 @@ class KubernetesCompute:
 
     name = "kubernetes"
 
-    def __init__(self, *, context: str = "", kubeconfig: str = "", namespace: str = "", server: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        context: str = "",
+        kubeconfig: str = "",
+        namespace: str = "",
+        server: str = "",
+        template: PodTemplate | None = None,
+    ) -> None:
+        self._template = template
         self._context = context
         self._kubeconfig = kubeconfig
         self._namespace = namespace
@@ -58,7 +68,7 @@ class KubernetesCompute:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> KubernetesCompute:
         wanted = {key: str(options.get(key) or "") for key in ("context", "kubeconfig", "namespace")}
-        return cls(**wanted)
+        return cls(**wanted, template=pod_template.load(options.get("pod_template")))
 
     @classmethod
     def from_handle(cls, handle: JobHandle) -> KubernetesCompute:
@@ -74,8 +84,9 @@ class KubernetesCompute:
         return f"Kubernetes {version}, namespace {self._namespace_of(api)}"
 
     def render(self, spec: JobSpec) -> Request:
-        built = manifest.build(spec, SecretNames(program=spec.secret_names), envelope.dump(spec))
-        return Request(spec, {"job": built.job, "release": built.release})
+        built = self._built(spec, Secrets())
+        job = pod_template.without_values(self._template, built.job) if self._template is not None else built.job
+        return Request(spec, {"job": job, "release": built.release})
 
     def check(self, request: Request, secrets: Secrets) -> Sequence[str]:
         api = self._connected()
@@ -104,7 +115,9 @@ class KubernetesCompute:
 
     def _built(self, spec: JobSpec, secrets: Secrets) -> Manifest:
         program = tuple(sorted({*spec.secret_names, *secrets.program}))
-        return manifest.build(spec, SecretNames(program, tuple(sorted(secrets.runner))), envelope.dump(spec))
+        secret_names = SecretNames(program, tuple(sorted(secrets.runner)))
+        built = manifest.build(spec, secret_names, envelope.dump(spec))
+        return pod_template.apply(self._template, spec, built) if self._template is not None else built
 
     def _released(self, job: Mapping[str, Any], built: Manifest) -> bool:
         return bool(objects.label(job, names.QUEUE)) and names.QUEUE in str(built.release)
@@ -127,8 +140,9 @@ class KubernetesCompute:
         seen = self._observe(api, address, handle)
         status = diagnosis.assess(seen)
         if status.gone:  # proof is what the API says now, not what a watch said a moment ago
-            seen = self._read(api, address, handle.uid)
+            before, seen = seen, self._read(api, address, handle.uid)
             status = diagnosis.assess(seen)
+            status = _with_memory(status, seen, self._seen.get(handle.url, (0.0, before))[1])
         if _needs_events(status, seen):
             seen = dataclasses.replace(seen, events=self._events_of(api, address, seen))
             status = diagnosis.assess(seen)
@@ -262,6 +276,14 @@ class KubernetesCompute:
 
     def _jobs_path(self, api: Api) -> str:
         return f"/apis/batch/v1/namespaces/{self._namespace_of(api)}/jobs"
+
+
+def _with_memory(status: JobStatus, now: Observation, before: Observation) -> JobStatus:
+    """What befell a pod is lost with it, unless it was seen before: a drain, an eviction, a preemption."""
+    if now.pods or not before.pods or not status.gone:
+        return status
+    told = ending.disruption(diagnosis.own_pods(before)[0]) if diagnosis.own_pods(before) else None
+    return dataclasses.replace(status, diagnosis=told) if told is not None else status
 
 
 def _needs_events(status: JobStatus, seen: Observation) -> bool:

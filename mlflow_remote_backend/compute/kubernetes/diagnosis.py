@@ -75,7 +75,10 @@ def _with_job(seen: Observation, job: Raw) -> JobStatus:
         return _finished(seen, job)
     living = [pod for pod in seen.pods if not objects.ended(pod)]
     if living:
-        return _noting_deletion(_of_pod(seen, living[0], patience), job)
+        status = _of_pod(seen, living[0], patience)
+        if (job.get("spec") or {}).get("suspend"):
+            status = dataclasses.replace(status, detail="suspended by somebody; its pod is being stopped")
+        return _noting_deletion(status, job)
     if seen.pods and _no_other_pod_follows(job, seen.pods[0]):
         return _ended(seen.pods[0])
     if (job.get("spec") or {}).get("suspend"):
@@ -130,7 +133,8 @@ def _job_failure(failed: Raw) -> Diagnosis:
     words = f"{failed.get('reason')}: {failed.get('message')}"
     if failed.get("reason") == "DeadlineExceeded":
         return Diagnosis(Reason.TIMEOUT, "The Job ran into its last limit of time, which deletes its pod.", words)
-    return Diagnosis(Reason.KILLED_BY_SYSTEM, "The job failed, and its pod is no longer there to tell why.", words)
+    # A failed Job keeps its pods: one that is missing was deleted, by a person, a drain or with its node.
+    return Diagnosis(Reason.TERMINATED, "The job's pod was deleted, and with it what it could tell.", words)
 
 
 def _ended(pod: Raw) -> JobStatus:
@@ -158,6 +162,8 @@ def _of_pod(seen: Observation, pod: Raw, patience: Patience) -> JobStatus:
         found = waiting.unscheduled(pod, seen, patience)
     if found is None and phase in (Phase.STARTING, Phase.PREPARING):
         found = waiting.stuck_container(pod, seen, patience)
+    if found is None and phase is Phase.RUNNING:
+        found = waiting.crashing_sidecar(pod)
     if found is None and phase in (Phase.QUEUED, Phase.STARTING):
         found = waiting.not_started(seen, patience)
     return dataclasses.replace(status, diagnosis=found)

@@ -161,6 +161,7 @@ def _annotations(spec: JobSpec, envelope: str) -> dict[str, str]:
         "image_pull_timeout_s": limits.image_pull_timeout_s,
         "node_lost_timeout_s": limits.node_lost_timeout_s,
         "grace_period_s": limits.grace_period_s,
+        "fail_fast_unschedulable": bool(spec.options.get("fail_fast_unschedulable")),
     }
     return {
         names.RUN_ID: spec.run.run_id,
@@ -303,6 +304,7 @@ def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[st
     mounts = [{"name": "job", "mountPath": ROOT}, {"name": "tmp", "mountPath": "/tmp"}]
     if spec.resources.shm_size_bytes is not None:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    mounts += [_mount(index, each) for index, each in enumerate(options.get("volumes") or ())]
     container: dict[str, Any] = {
         "name": MAIN,
         "image": main_image(spec),
@@ -319,8 +321,13 @@ def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[st
 
 def main_image(spec: JobSpec) -> str:
     """The program's image: configured, else the project's docker_env, else the runner's."""
+    return named_image(spec) or str(_runner_image(spec.options)["image"])
+
+
+def named_image(spec: JobSpec) -> str:
+    """The image that the options or the project name, empty where neither does."""
     declared = (spec.docker_env or {}).get("image") if spec.environment.manager == "docker" else None
-    return str(spec.options.get("image") or declared or _runner_image(spec.options)["image"])
+    return str(spec.options.get("image") or declared or "")
 
 
 def _runner_image(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,7 +433,31 @@ def _volumes(spec: JobSpec, secret_name: str) -> list[dict[str, Any]]:
     if spec.resources.shm_size_bytes is not None:
         shm = {"medium": "Memory", "sizeLimit": str(spec.resources.shm_size_bytes)}
         volumes.append({"name": "shm", "emptyDir": shm})
-    return volumes
+    wanted = spec.options.get("volumes") or ()
+    return volumes + [{"name": _volume_name(index), **_source(each)} for index, each in enumerate(wanted)]
+
+
+def _volume_name(index: int) -> str:
+    return f"volume-{index}"
+
+
+def _source(volume: Mapping[str, Any]) -> dict[str, Any]:
+    """Kubernetes' words for a volume of the options, which names exactly one source."""
+    if volume.get("pvc"):
+        return {"persistentVolumeClaim": {"claimName": volume["pvc"], "readOnly": bool(volume.get("read_only"))}}
+    if volume.get("secret"):
+        return {"secret": {"secretName": volume["secret"]}}
+    if volume.get("config_map"):
+        return {"configMap": {"name": volume["config_map"]}}
+    if volume.get("host_path"):
+        return {"hostPath": {"path": volume["host_path"]}}
+    return dict(volume.get("source") or {"emptyDir": {}})
+
+
+def _mount(index: int, volume: Mapping[str, Any]) -> dict[str, Any]:
+    mount = {"name": _volume_name(index), "mountPath": volume["mount_path"]}
+    optional = {"subPath": volume.get("sub_path"), "readOnly": volume.get("read_only")}
+    return mount | {key: value for key, value in optional.items() if value}
 
 
 def _cache_source(cache: Mapping[str, Any]) -> dict[str, Any]:

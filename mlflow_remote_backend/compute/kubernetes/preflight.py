@@ -69,8 +69,8 @@ def check(api: Api, namespace: str, spec: JobSpec, built: Manifest, secrets: Sec
 
 
 _TRACKING_HINT = (
-    "Set `tracking_uri` in backend_config, or KUBE_MLFLOW_TRACKING_URI, to an http(s) address of the server that pods of "
-    "the cluster can reach."
+    "Set `tracking_uri` in backend_config, or KUBE_MLFLOW_TRACKING_URI, to an http(s) address of the server that pods "
+    "of the cluster can reach."
 )
 _ARTIFACT_HINT = "Start the server with --artifacts-destination, so that it hands artifacts on, or use an object store."
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ...job import Diagnosis, Reason
 from . import objects
-from .manifest import MAIN, OBSERVE, PREPARE
+from .manifest import OBSERVE, PREPARE
 from .objects import Container, Observation, Patience, Raw
 
 IMAGE_GRACE_S = 30.0  # an image that does not exist, or is not ours to pull: pushes and secrets may be on their way
@@ -61,7 +62,7 @@ def refused_pod(seen: Observation, patience: Patience) -> Diagnosis | None:
             Reason.QUOTA,
             "The namespace's quota leaves no room for the job's pod.",
             words,
-            "It starts when others end. Ask for less in `resources`, or for a larger quota.",
+            "It starts when others end. " + refusal_hint(words),
             fatal=out_of_patience,
         )
     if "failed quota" in words:
@@ -69,7 +70,7 @@ def refused_pod(seen: Observation, patience: Patience) -> Diagnosis | None:
             Reason.QUOTA,
             "The namespace's quota wants resources that the job does not state.",
             words,
-            "State cpu and memory in `resources`.",
+            refusal_hint(words),
         )
     if "being terminated" in words or "NamespaceTerminating" in words:
         return Diagnosis(Reason.NAMESPACE_TERMINATING, "The job's namespace is being deleted.", words)
@@ -87,6 +88,10 @@ def refusal_hint(words: str) -> str:
         return "Create the service account, or name another one in `kubernetes.service_account`."
     if re.search(r"(maximum|minimum) .* usage per (Container|Pod)|max limit to request", words):
         return "The namespace's LimitRange says how much a container may have: change `resources`."
+    if "exceeded quota" in words:
+        return "Ask for less in `resources`, or for a larger quota."
+    if "failed quota" in words:
+        return "State cpu and memory in `resources`."
     return "A policy of the cluster forbids it; its administrators can tell more."
 
 
@@ -202,6 +207,14 @@ def container_hint(words: str) -> str:
     return "Try the image by hand: kubectl run --rm -it --image=IMAGE test -- sh"
 
 
+def crashing_sidecar(pod: Raw) -> Diagnosis | None:
+    """Our sidecar ends again and again while the program runs: that goes on, and nobody records it."""
+    observe = objects.container(pod, OBSERVE)
+    if observe.reason != "CrashLoopBackOff":
+        return None
+    return replace(_crashing(observe), fatal=False)
+
+
 def _crashing(waiting: Container) -> Diagnosis:
     """A sidecar that ends again and again; the last end tells why, not the back-off."""
     code, said = waiting.last.get("exitCode"), str(waiting.last.get("message") or "").strip()
@@ -261,6 +274,3 @@ def not_started(seen: Observation, patience: Patience) -> Diagnosis | None:
         str((event or {}).get("message") or ""),
         "A longer `start_timeout` gives it more time.",
     )
-
-
-__all__ = ["MAIN", "not_started", "refused_pod", "stuck_container", "unscheduled"]

@@ -1,0 +1,262 @@
+"""A real cluster, the one that KUBECONFIG names; each test in a namespace of its own that enforces PodSecurity.
+
+Images come by the environment, or are made once per session:
+``MLFLOW_REMOTE_TEST_RUNNER_IMAGE``  the runner image; else it is built here and pushed to MLFLOW_REMOTE_TEST_REGISTRY
+``MLFLOW_REMOTE_TEST_IMAGE``         Python 3.10 or newer with pip: the runner image's base, and the image of projects
+``MLFLOW_REMOTE_TEST_SHELL_IMAGE``   a POSIX shell and no Python
+``MLFLOW_REMOTE_TEST_TRACKING_HOST`` this machine as pods reach it; else its addresses are tried from a pod
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tracking_server import TrackingServer, running_server
+
+from mlflow_remote_backend.compute.kubernetes import names, objects
+from mlflow_remote_backend.compute.kubernetes.api import Api, ApiError
+from mlflow_remote_backend.testing import Projects
+
+IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
+SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE", "local/shell:1")
+RUNNER_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_RUNNER_IMAGE")
+TRACKING_HOST = os.environ.get("MLFLOW_REMOTE_TEST_TRACKING_HOST")
+REGISTRY = os.environ.get("MLFLOW_REMOTE_TEST_REGISTRY", "127.0.0.1:5000")
+SIOCGIFADDR = 0x8915
+
+Document = dict[str, Any]
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "") -> Any:
+    """Polls until it is true and returns its value; else the test fails."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s} s: {what or condition}")
+        time.sleep(0.1)
+    return value
+
+
+@dataclass
+class Namespace:
+    """A namespace of the test's own. Its methods are what kubectl would be used for."""
+
+    api: Api
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def create(self) -> Namespace:
+        body = {"kind": "Namespace", "metadata": {"name": self.name, "labels": dict(self.labels)}}
+        self.api.create("/api/v1/namespaces", body)
+        until(lambda: self.list("serviceaccounts"), what="the default service account")
+        return self
+
+    def path(self, resource: str, name: str = "") -> str:
+        groups = {
+            "jobs": "apis/batch/v1",
+            "roles": "apis/rbac.authorization.k8s.io/v1",
+            "rolebindings": "apis/rbac.authorization.k8s.io/v1",
+        }
+        base = f"/{groups.get(resource, 'api/v1')}/namespaces/{self.name}/{resource}"
+        return f"{base}/{name}" if name else base
+
+    def list(self, resource: str, **query: str) -> list[Document]:
+        return self.api.items(self.path(resource), **query)[0]
+
+    def ours(self, resource: str) -> list[Document]:
+        return self.list(resource, labelSelector=names.SELECTOR)
+
+    def make(self, resource: str, body: Document) -> Document:
+        return self.api.create(self.path(resource), body).body
+
+    def patch(self, resource: str, name: str, body: Document) -> None:
+        self.api.patch(self.path(resource, name), body)
+
+    def delete(self, resource: str, name: str, **options: Any) -> None:
+        with contextlib.suppress(ApiError):
+            self.api.delete(self.path(resource, name), options)
+
+    def label(self, **labels: str | None) -> None:
+        self.api.patch(f"/api/v1/namespaces/{self.name}", {"metadata": {"labels": labels}})
+
+    def pod(self, run_id: str) -> Document:
+        """The newest pod of the run."""
+        found = [each for each in self.ours("pods") if objects.label(each, names.RUN_ID) == run_id]
+        return max(found, key=objects.created_at)
+
+    def job(self, run_id: str) -> Document:
+        return self.api.get(self.path("jobs", names.job_name(run_id))).body
+
+    def logs(self, pod: str, container: str) -> bytes:
+        path = f"{self.path('pods', pod)}/log"
+        return b"".join(self.api.stream(path, read_timeout_s=30, container=container))
+
+    def everything(self) -> dict[str, list[Document]]:
+        """All objects of the namespace that a tenant can see, but for the values of secrets."""
+        kinds = ("jobs", "pods", "configmaps", "events", "serviceaccounts")
+        return {kind: self.list(kind) for kind in kinds}
+
+    def remove(self) -> None:
+        """Delete it without waiting: pods are not given their grace."""
+        for pod in self.list("pods"):
+            self.delete("pods", objects.name(pod), gracePeriodSeconds=0)
+        self.api.delete(f"/api/v1/namespaces/{self.name}", {})
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Api:
+    """The cluster, with the rights of KUBECONFIG: an administrator's."""
+    return Api.open()
+
+
+@pytest.fixture
+def namespace(cluster: Api) -> Iterator[Namespace]:
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    made = Namespace(cluster, f"mlr-test-{uuid.uuid4().hex[:8]}", labels).create()
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+@pytest.fixture(scope="session")
+def runner_image() -> str:
+    """The runner image with the code of this checkout."""
+    if RUNNER_IMAGE:
+        return RUNNER_IMAGE
+    from mlflow_remote_backend.runner import image
+
+    built = image.build(IMAGE, f"{REGISTRY}/mlflow-remote-runner")
+    assert built.digest
+    return built.digest
+
+
+@pytest.fixture(scope="session")
+def python_image() -> str:
+    return IMAGE
+
+
+@pytest.fixture(scope="session")
+def shell_image() -> str:
+    return SHELL_IMAGE
+
+
+# ---------------------------------------------------------------------------------------------------------- tracking
+
+
+@pytest.fixture(scope="session")
+def pods_tracking_server(tmp_path_factory: pytest.TempPathFactory, database_template: Path) -> Iterator[TrackingServer]:
+    """A real MLflow server that pods reach too."""
+    folder = tmp_path_factory.mktemp("pods-server")
+    with running_server(folder, database_template, host="0.0.0.0") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tracking_host(cluster: Api, runner_image: str, pods_tracking_server: TrackingServer) -> str:
+    """This machine's address as pods of the cluster reach it."""
+    if TRACKING_HOST:
+        return TRACKING_HOST
+    place = Namespace(cluster, f"mlr-test-{uuid.uuid4().hex[:8]}").create()
+    try:
+        return _reached_from_a_pod(place, runner_image, pods_tracking_server.port)
+    finally:
+        place.remove()
+
+
+def _reached_from_a_pod(place: Namespace, image: str, port: int) -> str:
+    code = (
+        "import socket,sys\n"
+        "for host in sys.argv[2:]:\n"
+        "    try:\n"
+        "        socket.create_connection((host, int(sys.argv[1])), 3).close()\n"
+        "    except OSError:\n"
+        "        continue\n"
+        "    print(host); break\n"
+    )
+    command = ["python", "-c", code, str(port), *own_addresses()]
+    container = {"name": "main", "image": image, "command": command}
+    spec = {"restartPolicy": "Never", "containers": [container]}
+    place.make("pods", {"kind": "Pod", "metadata": {"name": "probe"}, "spec": spec})
+    until(lambda: any(map(objects.ended, place.list("pods"))), 120, "the probing pod has ended")
+    found = place.logs("probe", "main").decode().strip()
+    if not found:
+        pytest.fail("no address of this machine is reached from a pod; set MLFLOW_REMOTE_TEST_TRACKING_HOST")
+    return found
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this machine's interfaces but loopback. Linux."""
+    import fcntl
+
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                raw = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+                found.append(socket.inet_ntoa(raw[20:24]))
+    return [each for each in found if not each.startswith("127.")]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """``uri``: as this process reaches the server; ``from_pods``: as a pod does."""
+
+    uri: str
+    from_pods: str
+    server: TrackingServer
+
+
+@pytest.fixture
+def pods_tracking(
+    pods_tracking_server: TrackingServer, tracking_host: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Tracking]:
+    """The session's server as this process's tracking URI, in an experiment of the test's own."""
+    with tracking_by(pods_tracking_server, tracking_host, monkeypatch) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def tracking_by(server: TrackingServer, host: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracking]:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    mlflow.set_tracking_uri(server.url)
+    experiment = mlflow.MlflowClient().create_experiment(f"test-{time.time_ns()}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    try:
+        yield Tracking(server.url, f"http://{host}:{server.port}", server)
+    finally:
+        mlflow.set_tracking_uri("")
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+@pytest.fixture
+def backend_config(namespace: Namespace, runner_image: str, pods_tracking: Tracking) -> Document:
+    """A kubernetes compute in the test's namespace."""
+    options = {
+        "namespace": namespace.name,
+        "runner_image": runner_image,
+        "image_pull_policy": "IfNotPresent",
+    }
+    return {"compute": "kubernetes", "tracking_uri": pods_tracking.from_pods, "kubernetes": options}
+
+
+@pytest.fixture
+def projects(tmp_path: Path, backend_config: Document) -> Projects:
+    return Projects(tmp_path / "projects", backend_config)
