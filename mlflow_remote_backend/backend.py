@@ -107,7 +107,7 @@ def _wait(run: RemoteSubmittedRun, submitted: Submission) -> None:
         return
     if view.status == "KILLED" and cli_context() is not None:
         raise SystemExit(EXIT_INTERRUPTED)
-    failed = run.failure(view)
+    failed = run.failure(view, with_tail=not submitted.config.stream_output)
     raise for_mlflow(failed) from failed
 
 

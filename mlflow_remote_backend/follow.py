@@ -175,6 +175,8 @@ class Follower:
         self._grace_period_s = grace_period_s
         self._terminal = Terminal(out) if out is not None else None
         self._told = ""
+        self._furthest = Phase.CREATING
+        self._attempt = 0
         self._silent_since: float | None = None
         self._silence_told = False
         self._next_look = 0.0
@@ -272,7 +274,10 @@ class Follower:
 
     def _tell(self, status: JobStatus) -> None:
         """One line whenever something changes that a person who waits wants to know."""
-        if status.phase in (Phase.RUNNING, Phase.DONE) and status.diagnosis is None:
+        if status.phase.order() < self._furthest.order() and status.attempt == self._attempt:
+            return  # an old answer, or what is left of a folder that is being removed: a job only moves forward
+        self._furthest, self._attempt = status.phase, status.attempt
+        if status.phase is Phase.DONE or (status.phase is Phase.RUNNING and status.diagnosis is None):
             return
         line = status.detail
         if status.diagnosis is not None and not status.gone:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,15 +21,14 @@ import yaml
 
 from . import compute as computes
 from . import config as configuration
-from . import project, snapshot
+from . import project, snapshot, submission_folder
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
 from .config import BackendConfig, CliContext
 from .errors import RemoteError
 from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, SnapshotRef
 from .project import Project
 from .runner import command
-from .runner.run_folder import machine_id
-from .tracking import PREFIX, RunView, Tracking, local_stores, owner_name, submitter_alive
+from .tracking import PREFIX, RunView, Tracking, local_stores
 
 #: Variables of the caller by which a program reaches MLflow and its artifact store. They travel as secrets.
 FORWARDED = (
@@ -101,14 +99,16 @@ def submit(order: Order, say: Say = lambda line: None) -> Submission:
     Raises RequestError and ServiceError before anything exists; a failure after that ends the run first.
     """
     with contextlib.ExitStack() as stack:
-        planned, compute, secrets, tracking = _understand(order, say, stack)
+        planned, compute, secrets, tracking, owner = _understand(order, say, stack)
+        if planned.config.submission_id:
+            stack.enter_context(submission_folder.only_one(planned.config.submission_id))
         earlier = _earlier_submission(tracking, order, planned)
         if earlier is not None and not _unfinished(earlier):
             handle = JobHandle(earlier.tag("handle"), earlier.tag("job_uid"))
             run = RunRef(earlier.run_id, earlier.experiment_id, earlier.artifact_uri, tracking.uri)
             return Submission(run, handle, compute, planned.config, tracking)
-        run = _open_run(tracking, order, planned, earlier)
-        with _failure_ends(tracking, run, compute):
+        run = _open_run(tracking, order, planned, earlier, owner)
+        with _failure_ends(tracking, run, compute, planned.request.spec):
             handle = _start(tracking, run, planned, compute, secrets)
         return Submission(run, handle, compute, planned.config, tracking)
 
@@ -116,14 +116,17 @@ def submit(order: Order, say: Say = lambda line: None) -> Submission:
 # -- understanding: nothing is created --------------------------------------------------------------------------------
 
 
-def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Plan, Compute, Secrets, Tracking]:
-    found = stack.enter_context(project.fetch(order.uri, order.version, order.entry_point, order.parameters))
+def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Plan, Compute, Secrets, Tracking, str]:
+    """Also: who we are in the tag ``.owner``, for as long as the stack stands."""
+    own = stack.enter_context(submission_folder.opened())
+    found = stack.enter_context(
+        project.fetch(order.uri, order.version, order.entry_point, order.parameters, scratch=own.path)
+    )
     config = configuration.parse(order.backend_config, project_dir=found.dir, environ=os.environ, cli=order.cli)
     tracking = Tracking(order.tracking_uri)
     artifact_uri = tracking.preflight(order.experiment_id)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-remote-")))
     seconds: dict[str, float] = {}
-    packed, locked = _pack_and_lock(found, config, tracking, folder, say, seconds)
+    packed, locked = _pack_and_lock(found, config, tracking, own.path, say, seconds)
     run = RunRef(
         experiment_id=order.experiment_id, artifact_uri=artifact_uri, tracking_uri=config.tracking_uri or tracking.uri
     )
@@ -134,7 +137,7 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     notices = (*packed.warnings, *compute.check(request, secrets))
     for notice in notices:
         say(notice)
-    return Plan(found, config, packed, request, notices, seconds), compute, secrets, tracking
+    return Plan(found, config, packed, request, notices, seconds), compute, secrets, tracking, own.owner
 
 
 def _pack_and_lock(
@@ -145,7 +148,8 @@ def _pack_and_lock(
 
     def pack() -> snapshot.Snapshot:
         with timed(seconds, "snapshot"):
-            return snapshot.build(snapshot.scan(found.dir, config.snapshot, stores), folder)
+            listing = snapshot.scan(found.dir, config.snapshot, stores, required=_required(found))
+            return snapshot.build(listing, folder)
 
     def lock() -> EnvironmentRef:
         with timed(seconds, "environment"):
@@ -156,6 +160,14 @@ def _pack_and_lock(
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="submission") as pool:
         packing, locking = pool.submit(pack), pool.submit(lock)
         return packing.result(), locking.result()
+
+
+def _required(found: Project) -> list[str]:
+    """What the job cannot do without, whatever the ignore rules say: the environment file that MLproject names."""
+    file = found.env_config_path
+    if file is None or not file.resolve().is_relative_to(found.dir.resolve()):
+        return []
+    return [file.resolve().relative_to(found.dir.resolve()).as_posix()]
 
 
 def _locked(found: Project, config: BackendConfig, say: Say) -> EnvironmentRef:
@@ -274,20 +286,21 @@ def _unfinished(earlier: RunView) -> bool:
     """The earlier submission died before its job existed: this one continues it."""
     if earlier.ended or earlier.tag("phase") != Phase.CREATING.value:
         return False
-    return submitter_alive(earlier.tag("owner"), machine_id()) is False
+    return submission_folder.lives(earlier.tag("owner")) is False
 
 
-def _open_run(tracking: Tracking, order: Order, planned: Plan, earlier: RunView | None) -> RunRef:
+def _open_run(tracking: Tracking, order: Order, planned: Plan, earlier: RunView | None, owner: str) -> RunRef:
     config, found = planned.config, planned.project
     if earlier is not None:
+        tracking.set_tags(earlier.run_id, {PREFIX + "owner": owner})
         return RunRef(earlier.run_id, earlier.experiment_id, earlier.artifact_uri, tracking.uri)
-    tags = run_tags(order, planned)
+    tags = run_tags(planned, owner)
     if config.run_id:
         return tracking.reuse_run(config.run_id, tags=tags, params=found.logged_params, name=config.run_name or "")
     return tracking.open_run(order.experiment_id, tags=tags, params=found.logged_params, name=config.run_name or "")
 
 
-def run_tags(order: Order, planned: Plan) -> dict[str, str]:
+def run_tags(planned: Plan, owner: str) -> dict[str, str]:
     """The tags that a run has from its first moment: MLflow's own, as its local backend sets them, and ours."""
     from mlflow.utils import mlflow_tags as names
 
@@ -306,7 +319,7 @@ def run_tags(order: Order, planned: Plan) -> dict[str, str]:
         PREFIX + "compute": planned.config.compute_name or spec.compute,
         PREFIX + "submission_id": spec.submission_id,
         PREFIX + "phase": Phase.CREATING.value,
-        PREFIX + "owner": owner_name(machine_id()),
+        PREFIX + "owner": owner,
         PREFIX + "snapshot": spec.snapshot.digest,
         PREFIX + "environment": spec.environment.lock_key,
     }
@@ -332,13 +345,17 @@ def _parent_run_id(own: str) -> str:
 
 
 @contextlib.contextmanager
-def _failure_ends(tracking: Tracking, run: RunRef, compute: Compute) -> Iterator[None]:
+def _failure_ends(tracking: Tracking, run: RunRef, compute: Compute, spec: JobSpec) -> Iterator[None]:
     """Whatever goes wrong now is written into the run before it is raised; what exists of the job is removed."""
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(RemoteError):
             tracking.finalise(run.run_id, _diagnosis(error), "submitter")
+        with contextlib.suppress(RemoteError):
+            handle = JobHandle(compute.handle_url(spec.bind(run, spec.snapshot)))
+            compute.cancel(handle, grace_period_s=spec.limits.grace_period_s)
+            compute.collect(handle)
         raise
 
 

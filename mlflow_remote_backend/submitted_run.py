@@ -122,10 +122,10 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         )
         return follower.follow()
 
-    def failure(self, view: RunView) -> RunFailed:
-        """What went wrong in a run that has ended, with the last 40 lines of its log."""
+    def failure(self, view: RunView, *, with_tail: bool = True) -> RunFailed:
+        """What went wrong in a run that has ended, with the last 40 lines of its log unless they were shown already."""
         code = view.tag("exit_code")
-        tail = self._tail()
+        tail = self._tail() if with_tail else ""
         return RunFailed(
             f"Run {self._run_id} ended as {view.status}: {view.tag('message') or 'no reason known'}",
             words=tail and f"The last lines of its log:\n{tail}",

@@ -216,7 +216,8 @@ class _End:
         work_dir = self._job.work_dir or (Path(command.cwd) if command is not None and command.cwd else None)
         if work_dir is None:
             return
-        found = outputs.find(work_dir, self._job.spec.outputs)
+        started = self._job.spool.started()
+        found = outputs.find(work_dir, self._job.spec.outputs, started.started_at if started else 0.0)
         problems = outputs.upload_all(self._job.record, found, self._patiently)
         self._pending += [f"{each.name} ({each.why})" for each in problems if each.temporary]
         lost = [each for each in problems if not each.temporary]

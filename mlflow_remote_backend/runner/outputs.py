@@ -14,6 +14,7 @@ from .record import RecordError, RunRecord, Trouble
 DEFAULT_FOLDER = "outputs"
 #: Artifact folders that are the runner's own: an output folder of that name is stored under ``outputs/``.
 RESERVED = frozenset({"logs", "snapshot", "environment", "remote"})
+CLOCK_TICK_S = 0.02  # file times are taken from a clock that lags behind the one that programs read
 PARALLEL = 4
 MAX_PROBLEMS = 1000
 
@@ -47,9 +48,25 @@ def artifact_folder(output: str) -> str:
     return "/".join((DEFAULT_FOLDER, *parts) if parts[0] in RESERVED else parts)
 
 
-def find(work_dir: Path, outputs: Sequence[str]) -> Iterator[OutputFile | Problem]:
-    """Regular files below the output folders, in a fixed order; and what lies there that is not uploaded, and why."""
+def find(work_dir: Path, outputs: Sequence[str], since: float = 0.0) -> Iterator[OutputFile | Problem]:
+    """Regular files below the output folders, in a fixed order; and what lies there that is not uploaded, and why.
+
+    ``since``: seconds since 1970; a file that was not touched after it came with the project: no output of this run.
+    """
     root = Path(os.path.realpath(work_dir))
+    for each in _find(root, outputs):
+        if isinstance(each, Problem) or _changed(each.path) >= since - CLOCK_TICK_S:
+            yield each
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_ctime
+    except OSError:
+        return float("inf")  # vanished: whoever uploads it says so
+
+
+def _find(root: Path, outputs: Sequence[str]) -> Iterator[OutputFile | Problem]:
     for output in outputs:
         top = root / output
         if not os.path.lexists(top):

@@ -89,20 +89,34 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _project_folder(spec: JobSpec, place: Place) -> Path:
     if spec.in_place:
         return Path(spec.in_place)
-    from .unpack import unpack
-
-    place.on_phase("unpacking the project")
     place.work.parent.mkdir(parents=True, exist_ok=True)
+    _empty(place.work)
     if place.archive is not None:
-        with place.archive.open("rb") as stream:
-            unpack(stream, place.work, spec.snapshot.digest)
-        return place.work
+        return _unpack(spec, place, place.archive)
+    place.on_phase("fetching the project")
     with tempfile.TemporaryDirectory(dir=place.work.parent) as folder:
         archive = Path(folder) / "snapshot"
         fetch(spec.snapshot.uri, archive, spec.run.tracking_uri, place.environ)
-        with archive.open("rb") as stream:
-            unpack(stream, place.work, spec.snapshot.digest)
+        return _unpack(spec, place, archive)
+
+
+def _unpack(spec: JobSpec, place: Place, archive: Path) -> Path:
+    from .unpack import UnpackLimits, unpack
+
+    place.on_phase("unpacking the project")
+    with archive.open("rb") as stream:
+        unpack(stream, place.work, spec.snapshot.digest, UnpackLimits.of(spec.snapshot))
     return place.work
+
+
+def _empty(folder: Path) -> None:
+    """Remove what an earlier attempt, or an earlier start of this step, left in the project's folder."""
+    if folder.is_dir():
+        for each in folder.iterdir():
+            if each.is_dir() and not each.is_symlink():
+                shutil.rmtree(each)
+            else:
+                each.unlink()
 
 
 def _environment(spec: JobSpec, place: Place) -> dict[str, str]:

@@ -22,13 +22,21 @@ def test_it_streams_the_log_prints_where_the_run_is_and_exits_0(sqlite_tracking,
     assert run.info.status == "FINISHED"
 
 
-def test_it_exits_1_with_the_reason_and_the_last_lines(sqlite_tracking, make_project, mlflow_run):
-    done = mlflow_run(make_project("echo last words; exit 7"), "--backend", "remote")
+def test_it_exits_1_with_the_reason_and_the_last_lines_unless_they_were_shown(
+    sqlite_tracking, make_project, mlflow_run
+):
+    project = make_project("echo last words; exit 7")
+    silent = mlflow_run(project, "--backend", "remote", "--backend-config", '{"stream_output": false}')
+    assert (silent.returncode, silent.stdout) == (1, "")
+    assert "last words" in silent.stderr
+    done = mlflow_run(project, "--backend", "remote")
     assert done.returncode == 1
-    assert "exit code 7" in done.stderr.replace("exited with code 7", "exit code 7")
-    assert "last words" in done.stderr
+    assert "exited with code 7" in done.stderr
+    assert "last words" not in done.stderr
     assert "Traceback" not in done.stderr
-    assert only_run().info.status == "FAILED"
+    assert {run.info.status for run in mlflow.search_runs(search_all_experiments=True, output_format="list")} == {
+        "FAILED"
+    }
 
 
 def test_run_name_and_run_id_of_the_command_line_are_honoured(sqlite_tracking, make_project, mlflow_run):
@@ -43,3 +51,14 @@ def test_without_any_configuration_the_default_store_is_used(make_project, mlflo
     done = mlflow_run(make_project("echo x"), "--backend", "remote")
     assert done.returncode == 0, done.stderr
     assert (workdir / "mlflow.db").exists()
+
+
+def test_outputs_that_came_with_the_project_are_no_outputs_of_the_run(sqlite_tracking, make_project, mlflow_run):
+    project = make_project(
+        "cat outputs/old.csv && echo new > outputs/new.csv && echo changed > outputs/both.csv",
+        files={"outputs/old.csv": "old\n", "outputs/both.csv": "old\n"},
+    )
+    done = mlflow_run(project, "--backend", "remote")
+    assert done.stdout == "old\n"
+    stored = mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "outputs")
+    assert {each.path for each in stored} == {"outputs/new.csv", "outputs/both.csv"}
