@@ -125,7 +125,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(source), str(source)]
+    options = ["--quiet", "--use-pep517", "--no-deps", "--wheel-dir", str(source)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     return next(source.glob("*.whl"))
