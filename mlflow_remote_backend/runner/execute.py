@@ -704,7 +704,12 @@ def hold_lock(folder: str) -> int:
     """Hold ``folder/lock`` as long as this process lives: its release tells of our death, however that came."""
     descriptor = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     with suppress(OSError):  # a file system without locks: others must learn it in another way
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(1000):  # somebody may just be looking whether we live
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.001)
     return descriptor
 
 

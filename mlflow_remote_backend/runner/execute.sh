@@ -186,7 +186,7 @@ mkdir -p "$spool/log"
 rm -f "$spool/.pipe" "$spool/.drained" "$spool/.signals" "$spool/.killed" "$spool/.wanted" "$spool/.grace_ends"
 if command -v flock > /dev/null 2>&1; then
     exec 9> "$spool/lock"
-    flock -n 9
+    flock 9 # who looks holds it for an instant only
 fi
 [ -z "$env_stdin" ] || eval "$(cat)"
 token=$(cat /proc/sys/kernel/random/uuid 2>/dev/null || echo "$$-$(now)")

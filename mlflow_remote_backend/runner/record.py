@@ -285,14 +285,15 @@ def _http_status(error: BaseException) -> int | None:
 
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _CREDENTIAL = re.compile(
-    r"(?i)\b(authorization|x-amz-[a-z-]*(?:signature|token|credential)|bearer|basic)(['\":=\s]+)\S+"
+    r"(?i)\b((?:authorization|x-amz-[a-z-]*(?:signature|token|credential))['\":=\s]+(?:(?:bearer|basic)\s+)?"
+    r"|(?:bearer|basic)\s+)[^\s'\",;&]+"
 )
 _TAG = re.compile(r"<[^>]{1,200}>")
 
 
 def redact(text: str) -> str:
     """The text without what looks like a credential: user information in URLs, authorization headers."""
-    return _CREDENTIAL.sub(r"\1\2***", _USER_INFO.sub("***@", text))
+    return _CREDENTIAL.sub(r"\1***", _USER_INFO.sub("***@", text))
 
 
 def words_of(error: BaseException) -> str:

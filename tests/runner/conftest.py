@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from execution import Starter, interpreters
+from faults import FaultProxy, fault_proxy
+from tracking_server import TrackingServer
+
+from mlflow_remote_backend.job import RunRef
 
 INTERPRETERS = interpreters()
 
@@ -25,3 +31,30 @@ def execute_py(tmp_path: Path, no_leftovers: None) -> Iterator[Starter]:
     starter = Starter(tmp_path)
     yield starter
     starter.end_all()
+
+
+@pytest.fixture
+def sqlite_run(sqlite_tracking: str) -> RunRef:
+    """A run in an SQLite store of the test's own."""
+    return new_run(sqlite_tracking)
+
+
+@pytest.fixture
+def proxy(tracking_server: TrackingServer) -> Iterator[FaultProxy]:
+    """A proxy before the session's server, passing on until it is told to fail."""
+    with fault_proxy(tracking_server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def server_run(tracking: str, proxy: FaultProxy) -> RunRef:
+    """A run on the session's server, to be reached through ``proxy``."""
+    return dataclasses.replace(new_run(tracking), tracking_uri=proxy.url)
+
+
+def new_run(uri: str) -> RunRef:
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    run = client.create_run(os.environ.get("MLFLOW_EXPERIMENT_ID", "0"))
+    return RunRef(run.info.run_id, run.info.experiment_id, run.info.artifact_uri, uri)
