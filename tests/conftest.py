@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import Command
 from tracking_server import TrackingServer, copy_database, initialised_database, running_server
 
-ROOT = Path(__file__).parent.parent
 TEST_IMAGES = frozenset({"local/shell:1", "local/debian-python:12", "local/python:3.11"})
 REQUIRED = frozenset(os.environ.get("MLFLOW_REMOTE_TEST_REQUIRE", "").split())
 
@@ -284,53 +284,6 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- commands
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line program in the test's environment. ``folder``: where it runs unless told otherwise."""
-
-    program: tuple[str, ...]
-    folder: Path
-
-    def __call__(
-        self,
-        *arguments: str | Path,
-        env: Mapping[str, str] = {},
-        cwd: Path | None = None,
-        timeout_s: float = 120,
-        check: bool = False,
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs it to its end. Text that is not UTF-8 comes as surrogates. ``check``: a failure fails the test."""
-        process = self.start(*arguments, env=env, cwd=cwd)
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            pytest.fail(f"{self._line(arguments)} did not end within {timeout_s} s\n{out}\n{err}")
-        result = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        if check and process.returncode != 0:
-            pytest.fail(f"{self._line(arguments)} exited with {process.returncode}\n{out}\n{err}")
-        return result
-
-    def start(
-        self, *arguments: str | Path, env: Mapping[str, str] = {}, cwd: Path | None = None, **popen: Any
-    ) -> subprocess.Popen[str]:
-        """Starts it, leader of a session of its own, stdout and stderr by pipes unless ``popen`` says otherwise."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            [*self.program, *map(str, arguments)],
-            env={**os.environ, **env},
-            cwd=cwd or self.folder,
-            start_new_session=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            **{**pipes, **popen},
-        )
-
-    def _line(self, arguments: tuple[str | Path, ...]) -> str:
-        return " ".join([*self.program, *map(str, arguments)])
 
 
 @pytest.fixture
