@@ -19,9 +19,7 @@ SAMPLE = Path(__file__).parent.parent / "sample_project"
 def sample(tmp_path: Path) -> Path:
     """A copy, since MLflow's own backend runs in the project's folder and writes there."""
     leave_out = shutil.ignore_patterns("outputs", "__pycache__", "mlruns", "mlflow.db*")
-    return Path(
-        shutil.copytree(Path(__file__).parent.parent / "sample_project", tmp_path / "sample_project", ignore=leave_out)
-    )
+    return Path(shutil.copytree(SAMPLE, tmp_path / "sample_project", ignore=leave_out))
 
 
 def latest_run(tracking_uri: str) -> Any:
