@@ -61,7 +61,7 @@ def lock(
 
     Blocks for a second to minutes. Raises EnvironmentError_ in the solver's words.
     """
-    channels = channel_urls(spec)
+    channels = spec.channel_urls()
     with tool.private_folder(root) as folder:
         solving(", ".join(platforms))
         document = _lock_conda(spec, platforms, channels, folder, root)
@@ -69,15 +69,6 @@ def lock(
         pip = [row for platform in platforms for row in _lock_pip(spec, document, platform, index_lines, root)]
         document["package"] += pip
     return _render(document)
-
-
-def channel_urls(spec: EnvSpec) -> tuple[str, ...]:
-    """Where the channels are found, in order, with ``${NAME}`` for credentials; a bare name if the solver knows it."""
-    options = spec.options
-    return tuple(
-        indexes.channel_url(name, folder=spec.folder, alias=options.channel_alias, mapping=options.channel_map)
-        for name in spec.channels
-    )
 
 
 # ---------------------------------------------------------------------------------------------- conda's part

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import EnvironmentError_
-from . import credentials, toml
+from . import credentials
 
 #: pip takes the best version that any of its indexes has, uv the best of the first index that has the package at all
 #: (nobody can then push a newer namesake onto a public index). Whoever speaks pip's language gets what pip does.
@@ -134,6 +134,8 @@ def _uv_file() -> _UvFile:
     for file in [Path(own)] if own else [home / "uv/uv.toml", Path("/etc/uv/uv.toml")]:
         if not file.is_file():
             continue
+        from . import toml
+
         try:
             return _uv_indexes(toml.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, AttributeError):

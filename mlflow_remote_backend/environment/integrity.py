@@ -19,14 +19,26 @@ from pathlib import Path
 TOUCHED_S = 30.0
 
 
-def damaged(prefix: Path) -> tuple[str, ...]:
-    """Names of the distributions that uv installed into ``prefix`` and that miss a file or hold a changed one."""
+def damaged(prefix: Path, before: float) -> tuple[str, ...]:
+    """Names of the distributions that uv installed into ``prefix`` and that miss a file or hold a changed one.
+
+    Only those that it took from its cache: what it unpacked itself after ``before`` (seconds since the epoch) has just
+    been verified with its archive.
+    """
     found = []
     for packages in (prefix / "lib").glob("python3*/site-packages"):
         for record in sorted(packages.glob("*.dist-info/RECORD")):
-            if _installer(record) == "uv" and not _intact(packages, record):
+            if _unpacked(record) < before and _installer(record) == "uv" and not _intact(packages, record):
                 found.append(record.parent.name.split("-")[0])
     return tuple(found)
+
+
+def _unpacked(record: Path) -> float:
+    """When the wheel was unpacked: the time of a file that is linked and not written anew by each installation."""
+    try:
+        return record.with_name("METADATA").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _installer(record: Path) -> str:

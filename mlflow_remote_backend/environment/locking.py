@@ -67,8 +67,6 @@ def lock(
 
 def spec_key(spec: EnvSpec, platform: str, index_lines: Sequence[str], committed: Committed | None) -> str:
     """The identity of a lock's inputs: what is declared, for which platform, from where, solved by what."""
-    from . import conda
-
     options = spec.options
     return digest(
         {
@@ -78,7 +76,7 @@ def spec_key(spec: EnvSpec, platform: str, index_lines: Sequence[str], committed
             "env_vars": dict(spec.env_vars),
             "seeds": list(spec.seeds),
             "platform": platform,
-            "channels": list(conda.channel_urls(spec)),
+            "channels": list(spec.channel_urls()),
             "indexes": list(index_lines),
             "solver": options.solver,
             "cuda": options.cuda,
@@ -175,10 +173,8 @@ def _frozen(spec: EnvSpec, reason: str | None) -> EnvironmentError_:
 
 
 def _ref(request: _Request, found: _Lock) -> EnvironmentRef:
-    from . import conda
-
     spec = request.spec
-    urls = zip(spec.channels, conda.channel_urls(spec), strict=True)
+    urls = zip(spec.channels, spec.channel_urls(), strict=True)
     notices = found.notices
     if not lockfile.names_mlflow(found.rows):
         notices += (

@@ -27,7 +27,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from ..errors import EnvironmentError_
-from . import documents, requirements
+from . import documents, indexes, requirements
 from .requirements import RequirementList
 
 MANAGERS = ("conda", "virtualenv", "uv", "local")
@@ -131,6 +131,16 @@ class EnvSpec:
         """Whether all requirements come with digests, so that they are a lock themselves."""
         lines = self.packages.requirements
         return self.kind == "requirements" and bool(lines) and all(line in self.packages.pins for line in lines)
+
+    def channel_urls(self) -> tuple[str, ...]:
+        """Where the channels are found, in order, ``${NAME}`` for credentials; a bare name if the solver knows it.
+
+        Raises EnvironmentError_.
+        """
+        alias, mapping = self.options.channel_alias, self.options.channel_map
+        return tuple(
+            indexes.channel_url(name, folder=self.folder, alias=alias, mapping=mapping) for name in self.channels
+        )
 
     def declaration(self) -> dict[str, Any]:
         """What was asked for, whatever the order and spelling; without mirrors, credentials, platform or tools."""

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -329,11 +330,12 @@ def install(
     Every archive's digest is checked by uv against the row; a git revision is its own digest.
     Raises JobError (ENVIRONMENT) in uv's words.
     """
+    began = time.time()
     installation = _Installation(python, indexes.reachable_from_here(index_lines), root, compile_bytecode)
     installation.add([row for row in rows if not row.built])
     # Source archives are built with what the wheels brought: isolated builds would fetch tools that no lock names.
     installation.add([row for row in rows if row.built], "--no-build-isolation")
-    installation.mend(rows)
+    installation.mend(rows, before=began)
 
 
 @dataclass(frozen=True)
@@ -362,16 +364,16 @@ class _Installation:
             if failed:
                 raise self._error(failed, len(group))
 
-    def mend(self, rows: Sequence[Row]) -> None:
+    def mend(self, rows: Sequence[Row], *, before: float) -> None:
         """Installs once more, from fresh files, what came damaged out of uv's cache."""
         prefix = self.python.parent.parent
-        damaged = {canonicalize_name(name) for name in integrity.damaged(prefix)}
+        damaged = {canonicalize_name(name) for name in integrity.damaged(prefix, before)}
         if not damaged:
             return
         self._forget(damaged)
         again = [row for row in rows if row.name in damaged]
         self.add(again, "--reinstall", *(("--no-build-isolation",) if any(row.built for row in again) else ()))
-        if still := integrity.damaged(prefix):
+        if still := integrity.damaged(prefix, before):
             raise JobError(
                 f"Installed files differ from their packages: {', '.join(still)}.",
                 hint="The disk may be damaged, or something else writes into the cache.",
