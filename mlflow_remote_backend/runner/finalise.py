@@ -29,6 +29,7 @@ from .verdict import Verdict, classify, will_retry
 
 ERROR = "logs/error.txt"
 NOT_STORED = "remote/outputs_not_stored.txt"
+SECONDS = "remote/seconds_"
 RUNNER = "runner:"  # how the owners begin that are runners
 REGISTER_PATIENCE_S = 60.0  # the run's end does not wait longer for the model registry
 
@@ -247,7 +248,7 @@ class _End:
             if owner != self._job.owner and owner.startswith(RUNNER):
                 self._pending.append(f"nothing of ours: the job belongs to {owner} by now")
                 return self._outcome()
-            self._write_end()
+            self._write_end(look)
             return self._outcome(finalized=True)
         except RecordError as error:
             if error.trouble is not Trouble.GONE:
@@ -263,11 +264,11 @@ class _End:
             self._patiently(lambda: self._job.record.log({"conflict": f"{self._job.owner} saw {said}"}))
         return self._outcome(finalized=True)
 
-    def _write_end(self) -> None:
+    def _write_end(self, look: RunLook) -> None:
         record = self._job.record
         if self._pending:
             self._admit_loss()
-        tags, metrics = self._tags(), self._metrics()
+        tags, metrics = self._tags(), self._metrics(look)
         self._patiently(lambda: record.log(tags, metrics))
         self._patiently(lambda: record.end(self._verdict.status))
         last = {"phase": Phase.DONE.value, "finalized": self._job.owner}
@@ -295,13 +296,19 @@ class _End:
             tags["exit_code"] = str(self._verdict.exit_code)
         return tags
 
-    def _metrics(self) -> dict[str, float]:
+    def _metrics(self, look: RunLook) -> dict[str, float]:
+        """Where the time went. Packing and locking at the submitter, which it logged, and unpacking and materialising
+        here are one figure each; ``upload`` marks that we added them up already."""
         exit_record, prepared = self._job.spool.exit(), self._job.spool.prepared() or Prepared()
-        seconds = {name: float(value) for name, value in prepared.seconds.items()}
+        started = self._job.spool.started()
+        before = {} if f"{SECONDS}upload" in look.metrics else look.metrics
+        seconds = {name: value + before.get(SECONDS + name, 0.0) for name, value in prepared.seconds.items()}
+        if started is not None and look.created_at is not None:
+            seconds["start"] = max(started.started_at - look.created_at, 0.0)
         if exit_record is not None and exit_record.error is None:
             seconds["run"] = exit_record.seconds
         seconds["upload"] = time.monotonic() - self._began
-        return {f"remote/seconds_{name}": value for name, value in seconds.items()}
+        return {SECONDS + name: float(value) for name, value in seconds.items()}
 
     def _register_model(self) -> dict[str, str]:
         """Tags that say what became of ``register_model``. Its failure is never the run's."""

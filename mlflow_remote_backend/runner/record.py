@@ -62,11 +62,14 @@ class RecordError(TrackingError):
 
 @dataclass(frozen=True)
 class RunLook:
-    """The run as it is now. ``tags`` without their prefix ``mlflow_remote.``: only ours."""
+    """The run as it is now. ``tags`` without their prefix ``mlflow_remote.``: only ours. ``created_at``: seconds since
+    1970, by the clock of the machine that created it."""
 
     status: str
     deleted: bool
     tags: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
+    created_at: float | None = None
 
 
 class RunRecord:
@@ -109,7 +112,9 @@ class RunRecord:
     def look(self) -> RunLook:
         run = self._call("reading the run", lambda client: client.get_run(self.run.run_id))
         tags = {key[len(PREFIX) :]: value for key, value in run.data.tags.items() if key.startswith(PREFIX)}
-        return RunLook(run.info.status, run.info.lifecycle_stage == "deleted", tags)
+        created_at = run.info.start_time / 1000 if run.info.start_time else None
+        deleted = run.info.lifecycle_stage == "deleted"
+        return RunLook(run.info.status, deleted, tags, dict(run.data.metrics), created_at)
 
     def log(self, tags: Mapping[str, str] = {}, metrics: Mapping[str, float] = {}) -> None:
         """Set tags (ours, names without prefix; a long value is cut) and log metrics (full names), in one request."""

@@ -62,3 +62,12 @@ def test_outputs_that_came_with_the_project_are_no_outputs_of_the_run(sqlite_tra
     assert done.stdout == "old\n"
     stored = mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "outputs")
     assert {each.path for each in stored} == {"outputs/new.csv", "outputs/both.csv"}
+
+
+def test_where_the_time_went_is_in_the_metrics(sqlite_tracking, make_project, mlflow_run):
+    mlflow_run(make_project("sleep 0.3"), "--backend", "remote", check=True)
+    metrics = only_run().data.metrics
+    names = {"snapshot", "environment", "start", "run", "upload"}
+    assert {f"remote/seconds_{name}" for name in names} <= set(metrics)
+    assert 0.3 <= metrics["remote/seconds_run"] < 30
+    assert metrics["remote/seconds_start"] > 0
