@@ -48,6 +48,11 @@ class RemoteBackend(AbstractBackend):  # type: ignore[misc]
             submitted = submission.submit(order, stderr_line)
         except RemoteError as error:
             raise for_mlflow(error) from error
+        except KeyboardInterrupt:
+            if cli is None:
+                raise
+            stderr_line("cancelled before the job existed")
+            raise SystemExit(EXIT_INTERRUPTED) from None
         run = submitted_run(submitted)
         if _must_wait(submitted.config, cli):
             _wait(run, submitted)
@@ -105,7 +110,7 @@ def _wait(run: RemoteSubmittedRun, submitted: Submission) -> None:
     stderr_line(f"run {run.run_id} {view.status}{_reason(view.tag('message'))}")
     if view.status == "FINISHED":
         return
-    if view.status == "KILLED" and cli_context() is not None:
+    if view.status == "KILLED" and run.cancelled_here and cli_context() is not None:
         raise SystemExit(EXIT_INTERRUPTED)
     failed = run.failure(view, with_tail=not submitted.config.stream_output)
     raise for_mlflow(failed) from failed

@@ -8,6 +8,7 @@ follower see to the end itself: it lets the compute recover the job, or writes t
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -25,9 +26,9 @@ from .tracking import PREFIX, RunView, Tracking
 
 POLL_S = 0.1  # of the compute's status; it answers from memory or from files
 LOG_PAUSE_S = 0.05
+STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
 TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
-TAIL_BYTES = 64 * 1024
 
 DETACH_SIGNALS = ("SIGTERM", "SIGHUP")
 
@@ -40,63 +41,90 @@ class Cursor:
     offset: int = 0
 
 
-class LogPump(threading.Thread):
-    """Copies a job's log to ``sink`` as it comes: from the compute while that has it, else from the stored parts."""
+class Log:
+    """A job's log from its two sources, the compute while that has it and the stored parts, each byte once."""
 
-    def __init__(
-        self, compute: Compute, handle: JobHandle, tracking: Tracking, run_id: str, sink: Callable[[bytes], None]
-    ):
-        super().__init__(name=f"log of {run_id}", daemon=True)
-        self.cursor = Cursor()
+    def __init__(self, tracking: Tracking, run_id: str, compute: Compute | None, handle: JobHandle) -> None:
+        self._cursor = Cursor()
         self._compute = compute
         self._handle = handle
         self._stored = StoredLog(tracking, run_id)
+
+    @property
+    def is_live(self) -> bool:
+        return self._compute is not None
+
+    def live(self) -> Iterator[bytes]:
+        """What has come since the last call, from the compute. Empty where that cannot be reached."""
+        if self._compute is None:
+            return
+        with contextlib.suppress(RemoteError):
+            for chunk in self._compute.logs(self._handle, offset=self._cursor.offset, attempt=self._cursor.attempt):
+                yield from self._take(chunk.attempt, chunk.offset, chunk.data)
+
+    def stored(self) -> Iterator[bytes]:
+        """What the stored parts have beyond that. Raises TrackingError."""
+        for attempt, offset, data in self._stored.read_from(self._cursor):
+            yield from self._take(attempt, offset, data)
+
+    def _take(self, attempt: int, offset: int, data: bytes) -> Iterator[bytes]:
+        """In order: a repeat is cut off, a gap is filled from the stored parts where they reach."""
+        if attempt > self._cursor.attempt:
+            yield f"\n--- attempt {attempt + 1} ---\n".encode()
+            self._cursor = Cursor(attempt, 0)
+        if attempt < self._cursor.attempt:
+            return
+        if offset > self._cursor.offset:
+            yield from self._fill_gap(offset)
+        fresh = data[max(self._cursor.offset - offset, 0) :]
+        if fresh:
+            self._cursor.offset = offset + len(data)
+            yield fresh
+
+    def _fill_gap(self, until: int) -> Iterator[bytes]:
+        with contextlib.suppress(RemoteError):
+            for attempt, offset, data in self._stored.read_from(self._cursor):
+                if attempt == self._cursor.attempt and offset < until:
+                    self._cursor.offset = min(offset + len(data), until)
+                    yield data[: until - offset]
+        if self._cursor.offset < until:
+            missing = until - self._cursor.offset
+            self._cursor.offset = until
+            yield f"\n[{missing} bytes of the log are not here yet; the stored log will have them]\n".encode()
+
+
+class LogPump(threading.Thread):
+    """Copies a job's log to ``sink`` as it comes."""
+
+    def __init__(self, log: Log, sink: Callable[[bytes], None]) -> None:
+        super().__init__(name="log of a job", daemon=True)
+        self._log = log
         self._sink = sink
         self._ending = threading.Event()
 
     def run(self) -> None:
         while not self._ending.is_set():
-            with contextlib.suppress(RemoteError):
-                self._drain()
-            self._ending.wait(LOG_PAUSE_S)
+            if self._log.is_live:
+                self._copy(self._log.live())
+            else:
+                with contextlib.suppress(RemoteError):
+                    self._copy(self._log.stored())
+            self._ending.wait(LOG_PAUSE_S if self._log.is_live else STORED_PAUSE_S)
+
+    def leave(self) -> None:
+        """Stop after what is being shown; does not wait."""
+        self._ending.set()
 
     def finish(self) -> None:
         """Show what is left, now that the log is complete: what the compute still has, then the stored parts."""
         self._ending.set()
         self.join(timeout=10)
-        with contextlib.suppress(RemoteError):
-            self._drain()
-        for attempt, offset, data in self._stored.read_from(self.cursor):
-            self._take(attempt, offset, data)
+        self._copy(self._log.live())
+        self._copy(self._log.stored())
 
-    def _drain(self) -> None:
-        for chunk in self._compute.logs(self._handle, offset=self.cursor.offset, attempt=self.cursor.attempt):
-            self._take(chunk.attempt, chunk.offset, chunk.data)
-
-    def _take(self, attempt: int, offset: int, data: bytes) -> None:
-        """Each byte once, in order: a repeat is cut off, a gap is filled from the stored parts where they reach."""
-        if attempt > self.cursor.attempt:
-            self._sink(f"\n--- attempt {attempt + 1} ---\n".encode())
-            self.cursor = Cursor(attempt, 0)
-        if attempt < self.cursor.attempt:
-            return
-        if offset > self.cursor.offset:
-            self._fill_gap(offset)
-        fresh = data[max(self.cursor.offset - offset, 0) :]
-        if fresh:
-            self._sink(fresh)
-            self.cursor.offset = offset + len(data)
-
-    def _fill_gap(self, until: int) -> None:
-        with contextlib.suppress(RemoteError):
-            for attempt, offset, data in self._stored.read_from(self.cursor):
-                if attempt == self.cursor.attempt and offset < until:
-                    self._sink(data[: until - offset])
-                    self.cursor.offset = min(offset + len(data), until)
-        if self.cursor.offset < until:
-            missing = until - self.cursor.offset
-            self._sink(f"\n[{missing} bytes of the log are not here yet; the stored log will have them]\n".encode())
-            self.cursor.offset = until
+    def _copy(self, pieces: Iterator[bytes]) -> None:
+        for data in pieces:
+            self._sink(data)
 
 
 class StoredLog:
@@ -165,7 +193,6 @@ class Follower:
         grace_period_s: float = 30.0,
     ) -> None:
         self.run_id = run_id
-        self.tail = b""
         self.cancelled_here = False
         self._tracking = tracking
         self._compute = compute
@@ -177,8 +204,7 @@ class Follower:
         self._told = ""
         self._furthest = Phase.CREATING
         self._attempt = 0
-        self._silent_since: float | None = None
-        self._silence_told = False
+        self._silent: dict[str, float] = {}  # who does not answer, and since when; inf: it was told
         self._next_look = 0.0
 
     def follow(self) -> RunView:
@@ -197,25 +223,28 @@ class Follower:
             return view
 
     def _pump(self) -> LogPump | None:
-        if self._compute is None:
+        if self._compute is None and self._terminal is None:
             return None
-        pump = LogPump(self._compute, self._handle, self._tracking, self.run_id, self._show)
+        pump = LogPump(Log(self._tracking, self.run_id, self._compute, self._handle), self._show)
         pump.start()
         return pump
 
     def _leave(self, pump: LogPump | None) -> None:
         if pump is not None:
-            pump._ending.set()
+            pump.leave()
         self._end_display()
 
     def _show(self, data: bytes) -> None:
-        self.tail = (self.tail + data)[-TAIL_BYTES:]
         if self._terminal is not None:
-            self._terminal.write(data)
+            try:
+                self._terminal.write(data)
+            except (OSError, ValueError):  # the reader left, or the terminal did: the run goes on, and so do we
+                self._terminal = None
 
     def _end_display(self) -> None:
         if self._terminal is not None:
-            self._terminal.end()
+            with contextlib.suppress(OSError, ValueError):
+                self._terminal.end()
 
     def _until_ended(self, interrupts: Interrupts) -> RunView:
         while True:
@@ -259,17 +288,17 @@ class Follower:
         except RemoteError as error:
             if error.code == "UNAUTHORIZED":
                 raise self.detached(f"Your login to the compute is not valid any more. {error.words}") from error
-            self._silence(error)
+            self._silence("compute", error)
             return None
-        self._silent_since, self._silence_told = None, False
+        self._silent.pop("compute", None)
         self._tell(status)
         return status
 
-    def _silence(self, error: RemoteError) -> None:
-        now = time.monotonic()
-        self._silent_since = self._silent_since or now
-        if not self._silence_told and now - self._silent_since > TELL_SILENCE_AFTER_S:
-            self._silence_told = True
+    def _silence(self, of: str, error: RemoteError) -> None:
+        """Tell, once, when the compute or the tracking server has not answered for a while."""
+        since = self._silent.setdefault(of, time.monotonic())
+        if time.monotonic() - since > TELL_SILENCE_AFTER_S:
+            self._silent[of] = math.inf
             self._say(f"no contact, the run goes on; still trying: {error.what} {error.words}")
 
     def _tell(self, status: JobStatus) -> None:
@@ -295,13 +324,18 @@ class Follower:
             return None
         self._next_look = now + TRACKING_POLL_S
         try:
-            return self._tracking.view(self.run_id)
+            view = self._tracking.view(self.run_id)
         except RemoteError as error:
-            self._silence(error)
+            self._silence("tracking", error)
             return None
+        self._silent.pop("tracking", None)
+        return view
 
     def _see_to_the_end(self, status: JobStatus) -> None:
-        settle(self._tracking, self._compute, self._handle, self.run_id, status)
+        try:
+            settle(self._tracking, self._compute, self._handle, self.run_id, status)
+        except RemoteError as error:
+            self._silence("tracking", error)
         time.sleep(POLL_S)
 
 
@@ -354,4 +388,5 @@ def request_cancel(
 
 
 def stderr_line(line: str) -> None:
-    print(f"mlflow-remote: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone: no reason to end anything
+        print(f"mlflow-remote: {line}", file=sys.stderr, flush=True)

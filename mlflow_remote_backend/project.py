@@ -62,14 +62,22 @@ class Project:
 
 
 @contextlib.contextmanager
-def fetch(uri: str, version: str | None, entry_point: str, parameters: Mapping[str, Any] | None) -> Iterator[Project]:
+def fetch(
+    uri: str,
+    version: str | None,
+    entry_point: str,
+    parameters: Mapping[str, Any] | None,
+    *,
+    scratch: Path | None = None,
+) -> Iterator[Project]:
     """The project at ``uri`` (a folder, a git URL, a zip file or URL; ``#sub/folder``), there until the block ends.
 
+    ``scratch``: where a checkout is made; default: the system's temporary folder.
     Blocks while git or HTTP fetches. Raises ProjectError: not there, no such version, entry point or parameter.
     """
     with contextlib.ExitStack() as stack:
         base, subdirectory = _split_subdirectory(uri)
-        folder, is_branch = _checkout(base, version, stack)
+        folder, is_branch = _checkout(base, version, scratch, stack)
         path = (folder / subdirectory).resolve()
         if not path.is_dir() or not path.is_relative_to(folder.resolve()):
             raise ProjectError(f"Project {uri!r} has no folder {subdirectory!r}.")
@@ -83,22 +91,22 @@ def _split_subdirectory(uri: str) -> tuple[str, str]:
     return base, subdirectory.strip("/")
 
 
-def _checkout(base: str, version: str | None, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+def _checkout(base: str, version: str | None, scratch: Path | None, stack: contextlib.ExitStack) -> tuple[Path, bool]:
     """The folder that holds the project, and whether ``version`` names a branch."""
     local = _local_path(base)
     if base.endswith(".zip"):
-        return _unzip(base, local, _temporary_folder(stack)), False
+        return _unzip(base, local, _temporary_folder(scratch, stack)), False
     if local is not None and version is None:
         if not local.is_dir():
             raise ProjectError(f"Project {base!r} is a file; a project is a folder, a git repository or a zip file.")
         return local, False
     if local is not None and not _is_git_repository(local):
         raise ProjectError(f"Version {version!r} asks for a git project, but {base!r} is not a git repository.")
-    return _clone(str(local) if local else base, version, _temporary_folder(stack))
+    return _clone(str(local) if local else base, version, _temporary_folder(scratch, stack))
 
 
-def _temporary_folder(stack: contextlib.ExitStack) -> Path:
-    folder = tempfile.mkdtemp(prefix="mlflow-remote-project-")
+def _temporary_folder(scratch: Path | None, stack: contextlib.ExitStack) -> Path:
+    folder = tempfile.mkdtemp(prefix="mlflow-remote-project-", dir=scratch)
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 

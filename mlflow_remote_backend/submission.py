@@ -24,7 +24,7 @@ from . import config as configuration
 from . import project, snapshot, submission_folder
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
 from .config import BackendConfig, CliContext
-from .errors import RemoteError
+from .errors import RemoteError, TrackingError
 from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, SnapshotRef
 from .project import Project
 from .runner import command
@@ -377,7 +377,8 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
     tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
     handle = compute.submit(request, secrets)
     tags = {PREFIX + "job_uid": handle.uid, PREFIX + "snapshot_stored": "true"}
-    tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
+    with contextlib.suppress(TrackingError):  # the job runs, and is found by its URL: no reason to end it
+        tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
     return handle
 
 

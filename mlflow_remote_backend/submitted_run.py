@@ -14,12 +14,12 @@ from mlflow.exceptions import ExecutionException
 from mlflow.projects.submitted_run import SubmittedRun
 
 from . import compute as computes
+from . import submission_folder
 from .compute.base import Compute, JobHandle
 from .errors import ComputeError, Detached, RemoteError, RequestError, RunFailed
-from .follow import Cursor, Follower, StoredLog, hopeless, request_cancel, settle, stderr_line
+from .follow import Follower, Log, hopeless, request_cancel, settle, stderr_line
 from .job import Diagnosis, Phase, Reason
-from .runner.run_folder import machine_id
-from .tracking import RunView, Tracking, submitter_alive
+from .tracking import RunView, Tracking
 
 CREATING_PATIENCE_S = (
     15 * 60
@@ -69,6 +69,8 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         self._on_interrupt = on_interrupt
         self._grace_period_s = grace_period_s
         self._raises = raises
+        self._shown = False  # the log, to its end
+        self.cancelled_here = False  # by Ctrl-C, while following
 
     @property
     def run_id(self) -> str:
@@ -82,7 +84,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         Raises (as MLflow's ExecutionException, with ours as cause): Detached on a detach; RunFailed where MLflow waits.
         """
         try:
-            view = self.follow(sys.stdout if self._stream_output else None)
+            view = self.follow(sys.stdout if self._stream_output and not self._shown else None)
         except RemoteError as error:
             raise for_mlflow(error) from error
         if view.status == "FINISHED":
@@ -100,16 +102,23 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
     def cancel(self) -> None:
         """Stop the job and wait until it has stopped; the run ends KILLED. Idempotent. Never raises, but says it."""
         try:
-            if not self.view().ended:
+            if not self._known_to_have_ended():
                 request_cancel(self._tracking, self._compute, self._handle, self._run_id, self._grace_period_s)
                 self._await_end(self._grace_period_s + 30.0)
         except RemoteError as error:
             stderr_line(f"cancelling run {self._run_id}: {error}")
 
+    def _known_to_have_ended(self) -> bool:
+        try:
+            return self.view().ended
+        except RemoteError:
+            return False  # a tracking server that is away must not keep anybody from stopping a job
+
     # -- beyond it -----------------------------------------------------------------------------------------------------
 
     def follow(self, out: TextIO | None) -> RunView:
         """Block until the run has ended, writing its log to ``out``, and return it. Raises Detached."""
+        self._await_job()
         follower = Follower(
             self._tracking,
             self._compute,
@@ -120,7 +129,24 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
             on_interrupt=self._on_interrupt,
             grace_period_s=self._grace_period_s,
         )
-        return follower.follow()
+        try:
+            view = follower.follow()
+        finally:
+            self.cancelled_here = follower.cancelled_here
+        self._shown = out is not None
+        return view
+
+    def _await_job(self) -> None:
+        """Block while another process is still creating the job: until then nothing at the compute proves anything."""
+        if self._handle.uid:
+            return
+        while True:
+            view = self.view()
+            if view.ended or created(view):
+                break
+            time.sleep(0.5)
+        self._handle = JobHandle(view.tag("handle"), view.tag("job_uid"))
+        self._compute = _reachable(self._handle)
 
     def failure(self, view: RunView, *, with_tail: bool = True) -> RunFailed:
         """What went wrong in a run that has ended, with the last 40 lines of its log unless they were shown already."""
@@ -148,9 +174,10 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         return view if view.ended else self._settled(view)
 
     def _settled(self, view: RunView) -> RunView:
-        if view.tag("phase") == Phase.CREATING.value and close_if_abandoned(self._tracking, view):
+        if not created(view):
+            close_if_abandoned(self._tracking, view)
             return self._tracking.view(self._run_id)
-        if self._compute is None or not view.tag("job_uid"):
+        if self._compute is None:
             return view
         try:
             status = self._compute.status(self._handle)
@@ -192,20 +219,12 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
 
     def log_bytes(self, follow: bool = False) -> Iterator[bytes]:
         """The program's output in pieces, byte for byte, one attempt after the other. ``follow`` as in ``logs``."""
-        cursor = Cursor()
+        log = Log(self._tracking, self._run_id, self._compute, self._handle)
         while True:
             ended = not follow or self.view().ended
-            if self._compute is not None:
-                try:
-                    for chunk in self._compute.logs(self._handle, offset=cursor.offset, attempt=cursor.attempt):
-                        yield chunk.data
-                        cursor.offset = chunk.offset + len(chunk.data)
-                except ComputeError:
-                    self._compute = None  # from another machine: the stored parts are the log
+            yield from log.live()
             if ended or self._compute is None:
-                for attempt, offset, data in StoredLog(self._tracking, self._run_id).read_from(cursor):
-                    yield data
-                    cursor = Cursor(attempt, offset + len(data))
+                yield from log.stored()
             if ended:
                 return
             time.sleep(0.5 if self._compute is not None else 5.0)
@@ -286,29 +305,32 @@ def last_lines(tracking: Tracking, run_id: str, count: int) -> list[str]:
     return [line.decode(errors="replace") for line in data.splitlines()[-count:]]
 
 
+def created(view: RunView) -> bool:
+    """Whether the run's job exists, or did: its submitter or its runner has said so."""
+    return view.tag("phase") != Phase.CREATING.value or bool(view.tag("job_uid"))
+
+
 def close_if_abandoned(tracking: Tracking, view: RunView) -> bool:
     """End a run whose submitter died before its job existed. True if it did."""
-    alive = submitter_alive(view.tag("owner"), machine_id())
+    alive = submission_folder.lives(view.tag("owner"))
     age_s = time.time() - (view.start_time_ms or 0) / 1000
-    if alive or (alive is None and age_s < CREATING_PATIENCE_S) or view.tag("job_uid"):
-        return False
-    handle = view.tag("handle")
-    if handle and _job_exists(JobHandle(handle)):
+    if alive or (alive is None and age_s < CREATING_PATIENCE_S) or created(view):
         return False
     reason = Reason.CANCELLED if view.tag("cancel_requested") else Reason.BOOTSTRAP
-    tracking.finalise(
-        view.run_id, Diagnosis(reason, "The submitting process ended before the job was created."), "look"
-    )
-    return True
-
-
-def _job_exists(handle: JobHandle) -> bool:
-    """Whether a job was created for this handle though its submitter never got to say so; then it is seen to."""
+    closing = Diagnosis(reason, "The submitting process ended before the job was created.")
+    handle = JobHandle(view.tag("handle"))
+    if not handle.url:
+        tracking.finalise(view.run_id, closing, "look")
+        return True
     try:
         compute = computes.from_handle(handle)
-        return not compute.status(handle).gone or compute.recover(handle)
-    except RemoteError:
-        return True  # not known: leave it to somebody who can tell
+        if not compute.status(handle).gone or compute.recover(handle):
+            return False  # there is a job, though its submitter never got to say so
+        tracking.finalise(view.run_id, closing, "look")
+        compute.collect(handle)
+    except ComputeError:
+        return False  # not known: leave it to somebody who can tell
+    return True
 
 
 def attach(run_id: str, *, tracking_uri: str | None = None) -> RemoteSubmittedRun:

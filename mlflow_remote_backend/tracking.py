@@ -378,23 +378,3 @@ def _bounded_calls() -> Iterator[None]:
                 for key, before in _limits_before.items():
                     if before is None:
                         os.environ.pop(key, None)
-
-
-def owner_name(machine: str) -> str:
-    """Who a submitter is in ``.owner``: machine and process, so that a later command can tell whether it lives."""
-    return f"submitter:{machine}:{os.getpid()}"
-
-
-def submitter_alive(owner: str, machine: str) -> bool | None:
-    """Whether the submitter that wrote ``owner`` still lives; None where that cannot be told from here."""
-    kind, _, rest = owner.partition(":")
-    name, _, pid = rest.rpartition(":")
-    if kind != "submitter" or name != machine or not pid.isdigit():
-        return None
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

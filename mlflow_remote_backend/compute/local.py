@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ..runner.spool import Spool
 from ..runner.supervise import Running, Start
 from .base import JobHandle, Request, Secrets
 from .supervised import SupervisedCompute
+
+START_S = 5.0  # from a process's start to its lock, on a busy machine
 
 
 class LocalCompute(SupervisedCompute):
@@ -112,7 +115,15 @@ class LocalProgram:
         return _Execute(Spool(folder.spool), process)
 
     def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
-        return _Execute(Spool(folder.spool)) if Spool(folder.spool).started() else None
+        """Its lock comes first, its record of the start some milliseconds later."""
+        spool = Spool(folder.spool)
+        prepared = spool.prepared()
+        until = time.monotonic() + (0.0 if prepared is None or prepared.failed else START_S)
+        while spool.started() is None and not spool.execute_lives():
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.02)
+        return _Execute(spool)
 
 
 class _Execute:

@@ -22,6 +22,7 @@ from .base import JobHandle, Request
 
 CANCEL_MARGIN_S = 30.0  # what finalising may take beyond the grace period before cancel returns all the same
 READ_BYTES = 1 << 20
+MOST_RECOVERIES = 10  # supervisors that died, or gave up on the tracking server, before somebody else writes the status
 
 
 class SupervisedCompute:
@@ -58,9 +59,9 @@ class SupervisedCompute:
             ) from error
 
     def start(self, request: Request, start: Start) -> None:
-        """Make the run folder and start a supervisor on it. Does nothing where the same job has one."""
+        """Make the run folder and start a supervisor on it. Does nothing where the same job has, or had, one."""
         folder = RunFolder(request.spec.run.run_id, self.root)
-        if folder.envelope.exists():
+        if folder.said() or folder.supervised():
             return  # the same submission again: one job
         folder.create(request.spec)
         lock = folder.try_lock()
@@ -86,12 +87,11 @@ class SupervisedCompute:
             return status
         if not folder.exists():
             return JobStatus(Phase.DONE, lost("its folder is gone"), gone=True)
-        return JobStatus(
-            status.phase, lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid
-        )
+        return JobStatus(status.phase, lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid)
 
     def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
         reader = SpoolReader(self.run_folder(handle).spool)
+        offset = max(offset, reader.start())  # before it, what is stored already was dropped
         while data := reader.read(offset, READ_BYTES):
             yield LogChunk(offset, data, attempt)
             offset += len(data)
@@ -114,11 +114,12 @@ class SupervisedCompute:
 
     def recover(self, handle: JobHandle) -> bool:
         folder = self.run_folder(handle)
-        if not folder.envelope.exists():
+        if not folder.said() or folder.recoveries() >= MOST_RECOVERIES:
             return False
         lock = folder.try_lock()
         if lock is not None:
-            start_detached(folder, lock, self.program, Start(dict(os.environ)))
+            folder.count_recovery()
+            start_detached(folder, lock, self.program, Start(dict(os.environ), recovery=True))
         return True
 
 

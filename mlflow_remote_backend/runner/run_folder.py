@@ -4,11 +4,13 @@
         envelope.json     what runs: the job spec
         lock              held (flock) by the supervisor as long as it lives: the proof that it does
         supervisor.json   its pid; where it is on its way: phase, detail
+        recoveries        one byte for each supervisor that had to be replaced
         supervisor.log    what it had to say, for the developer of this package
         cancel            somebody asked to cancel; holds the grace period in seconds
         archive           the snapshot, until it is unpacked
         spool/            the wire between execute and observe (spool.py)
         work/             the unpacked project, where the program runs
+        scratch/          the supervisor's temporary files
 
 It is removed once the run is finalised and everything is uploaded. ``<state>`` is ``$XDG_STATE_HOME/mlflow-remote``,
 by default ``~/.local/state/mlflow-remote``. Standard library only.
@@ -22,6 +24,7 @@ import os
 import secrets as random_tokens
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,9 @@ class RunFolder:
         self.archive = self.path / "archive"
         self.spool = self.path / "spool"
         self.work = self.path / "work"
+        self.scratch = self.path / "scratch"
         self._progress = self.path / "supervisor.json"
+        self._recoveries = self.path / "recoveries"
 
     def exists(self) -> bool:
         return self.path.is_dir()
@@ -92,11 +97,27 @@ class RunFolder:
         write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
 
     def said(self) -> dict[str, Any]:
+        """What the supervisor told last; empty if none ever lived."""
         return read_json(self._progress) or {}
+
+    def recoveries(self) -> int:
+        """How often a new supervisor was started because the last one had died."""
+        try:
+            return self._recoveries.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def count_recovery(self) -> None:
+        with self._recoveries.open("ab") as file:
+            file.write(b".")
 
     def try_lock(self) -> int | None:
         """A descriptor that holds the lock, or None: a supervisor lives, or the folder is gone."""
-        return self._flock(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+        while (descriptor := self._flock(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)) is None:
+            if self.supervised() or not self.exists():
+                return None
+            time.sleep(0.001)  # somebody was just looking whether a supervisor lives
+        return descriptor
 
     def supervised(self) -> bool:
         """Whether a supervisor of ours lives: the kernel's word, immune to reused process ids."""

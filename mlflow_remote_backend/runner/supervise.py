@@ -12,12 +12,14 @@ forking is not safe: the program starts as early, but the end waits for MLflow t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
@@ -28,11 +30,13 @@ from typing import Protocol
 from ..errors import ComputeError
 from ..job import JobSpec, Phase
 from .prepare import Place, prepare
+from .record import survives_fork
 from .run_folder import RunFolder
 from .spool import Prepared, Spool
 
 #: Threads that MLflow itself starts and that a forked child can do without.
 _HARMLESS_THREADS = ("MLflowTelemetry", "GetTelemetryConfig")
+PROCESS_NAME = "mlflow-remote"  # by which execute.py knows a supervisor, and a person who looks at ps
 START_VARIABLE = "MLFLOW_REMOTE_SUPERVISOR"  # "fork" or "spawn": overrules the choice
 
 
@@ -71,6 +75,7 @@ class Start:
     environ: Mapping[str, str] = field(repr=False)
     program_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     caller_dir: str = ""
+    recovery: bool = False  # an earlier supervisor died: whoever looked has not the variables to start the program with
 
 
 # -- starting it -------------------------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def start_detached(folder: RunFolder, lock: int, program: str, start: Start) -> 
     Returns once it exists. Raises ComputeError if no process can be started.
     """
     try:
-        if _fork_is_safe():
+        if _fork_is_safe(folder.spec()):
             _fork(folder, lock, program, start)
         else:
             _spawn(folder, lock, program, start)
@@ -92,12 +97,15 @@ def start_detached(folder: RunFolder, lock: int, program: str, start: Start) -> 
         os.close(lock)
 
 
-def _fork_is_safe() -> bool:
-    """Only where no other thread could hold a lock that the child would wait for, and MLflow is loaded already."""
+def _fork_is_safe(spec: JobSpec) -> bool:
+    """Only where no other thread could hold a lock that the child would wait for, MLflow is loaded already, and what
+    it holds open survives."""
     wish = os.environ.get(START_VARIABLE, "")
     if wish in ("fork", "spawn"):
         return wish == "fork"
     if not sys.platform.startswith("linux") or "mlflow.tracking" not in sys.modules or "IPython" in sys.modules:
+        return False
+    if not survives_fork(spec.run.tracking_uri, spec.run.artifact_uri):
         return False
     others = [each for each in threading.enumerate() if each is not threading.main_thread()]
     return threading.current_thread() is threading.main_thread() and all(
@@ -146,15 +154,21 @@ def _leave_the_submitter(folder: RunFolder, lock: int) -> None:
     signal.set_wakeup_fd(-1)
 
 
+#: Starts its arguments with our stdin and ends, so that a submitter which lives on has no child to wait for. A shell
+#: gives /dev/null to what it puts into the background; hence the detour over descriptor 3.
+_IN_BACKGROUND = 'exec 3<&0; "$@" <&3 3<&- &'
+
+
 def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
     package_parent = str(Path(__file__).resolve().parents[2])
     environ = {
         **start.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [package_parent, start.environ.get("PYTHONPATH")])),
     }
+    command = [sys.executable, "-m", "mlflow_remote_backend.runner.supervise", str(folder.root), folder.run_id, program]
     with folder.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder.root), folder.run_id, program],
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", _IN_BACKGROUND, "sh", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -163,11 +177,12 @@ def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
             start_new_session=True,
             pass_fds=[lock],
         )
-    payload = {"environ": dict(start.environ), "secrets": dict(start.program_secrets), "caller_dir": start.caller_dir}
-    assert process.stdin is not None
-    with process.stdin as pipe, contextlib.suppress(BrokenPipeError):
+    payload = dataclasses.asdict(start)
+    assert shell.stdin is not None
+    with shell.stdin as pipe, contextlib.suppress(BrokenPipeError):
         pipe.write(json.dumps(payload).encode())
-    process.returncode = 0  # not our child to wait for: it outlives us, and must not warn when this object goes
+    if shell.wait() != 0:
+        raise ComputeError("No supervisor process can be started on this machine.", words=folder.log.read_text()[-500:])
 
 
 def main(argv: list[str]) -> int:
@@ -175,13 +190,16 @@ def main(argv: list[str]) -> int:
     root, run_id, program = argv
     for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(each, signal.SIG_IGN)
-    raw = json.loads(sys.stdin.buffer.read())
-    start = Start(raw["environ"], raw["secrets"], raw["caller_dir"])
+    start = Start(**json.loads(sys.stdin.buffer.read()))
     return _supervise_safely(RunFolder(run_id, Path(root)), program, start)
 
 
 def _supervise_safely(folder: RunFolder, program: str, start: Start) -> int:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(PROCESS_NAME)  # a fork's command line is still its submitter's
     try:
+        folder.scratch.mkdir(exist_ok=True)
+        tempfile.tempdir = str(folder.scratch)  # ours and our libraries', not the program's: goes with the folder
         supervise(folder, _load(program), start)
         return 0
     except BaseException:  # noqa: BLE001 - the last frame of a detached process: its log is the only place left to say it
@@ -213,7 +231,16 @@ def supervise(folder: RunFolder, program: Program, start: Start) -> None:
     if outcome.finalized or outcome.gone:
         folder.remove()
     else:
-        folder.say("finalizing", "waiting for the tracking server")
+        folder.say("finalizing", "waiting for somebody to look: the tracking server was away for too long")
+
+
+_NEVER_STARTED = {
+    "reason": "KILLED_BY_SYSTEM",
+    "message": "The job's supervisor died before it had started the program.",
+    "words": "",
+    "hint": "Submit it again. The machine may have been restarted, or somebody killed the supervisor.",
+}
+PREPARE_LEAVES_S = 10.0  # for a preparation that was cancelled to let go of the folder
 
 
 class _Job:
@@ -234,7 +261,11 @@ class _Job:
 
     def begin(self) -> None:
         self._running = self._program.find(self.spec, self.folder)
-        if self._running is None and self.spool.prepared() is None:
+        if self._running is not None or self.spool.prepared() is not None:
+            return
+        if self._start.recovery:
+            self.spool.write_prepared(Prepared(_NEVER_STARTED))
+        else:
             self._preparing = threading.Thread(target=self._prepare_and_start, name="prepare", daemon=True)
             self._preparing.start()
 
@@ -297,6 +328,8 @@ class _Job:
             self._running.collect()
         with contextlib.suppress(OSError):
             os.killpg(0, signal.SIGTERM)  # our own session; we ourselves ignore it
+        if self._preparing is not None:
+            self._preparing.join(PREPARE_LEAVES_S)
 
 
 if __name__ == "__main__":
