@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlflow_remote_backend
+from mlflow_remote_backend import config
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlflow_remote_backend"
@@ -175,6 +177,30 @@ def anchors(page: Path) -> set[str]:
     """The anchors that the page's headings make, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.+)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def examples(language: str) -> list[object]:
+    """The fenced blocks in ``language`` of all pages."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+    return [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, block in enumerate(fence.findall(page.read_text()))
+    ]
+
+
+@pytest.mark.parametrize("text", examples("yaml"))
+def test_a_named_compute_in_the_docs_is_one(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mlflow-remote.yaml").write_text(text)
+    for name, described in yaml.safe_load(text).get("computes", {}).items():
+        parsed = config.parse({"COMPUTE": name}, project_dir=tmp_path, environ={"HOME": str(tmp_path)})
+        assert (parsed.compute_name, parsed.compute) == (name, described["compute"])
+
+
+@pytest.mark.parametrize("text", examples("json"))
+def test_a_backend_config_in_the_docs_is_one(text: str, tmp_path: Path) -> None:
+    environ = {name: "x" for name in json.loads(text).get("pass_env", [])} | {"HOME": str(tmp_path)}
+    assert config.parse(text, project_dir=tmp_path, environ=environ).compute
 
 
 def test_the_readme_gives_the_two_commands() -> None:
