@@ -259,9 +259,12 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    from .submitted_run import details
+    from .submitted_run import details, looked_at
 
-    views = _tracking(arguments).runs("attributes.status = 'RUNNING'" if arguments.running else "", limit=arguments.n)
+    tracking = _tracking(arguments)
+    found = tracking.runs("attributes.status = 'RUNNING'" if arguments.running else "", limit=arguments.n)
+    views = [looked_at(tracking, view) for view in found]
+    views = [view for view in views if not (arguments.running and view.ended)]
     _print(arguments, [details(view) for view in views], lambda: "\n".join(_line(view) for view in views))
     return OK
 

@@ -348,6 +348,14 @@ def attach(run_id: str, *, tracking_uri: str | None = None) -> RemoteSubmittedRu
     return RemoteSubmittedRun(tracking, view.run_id, _reachable(handle), handle)
 
 
+def looked_at(tracking: Tracking, view: RunView) -> RunView:
+    """The run as it is after a look at its job: one that is proven dead without a final status has one now."""
+    if view.ended:
+        return view
+    handle = JobHandle(view.tag("handle"), view.tag("job_uid"))
+    return RemoteSubmittedRun(tracking, view.run_id, _reachable(handle), handle).view()
+
+
 def _reachable(handle: JobHandle) -> Compute | None:
     """The job's compute, or None where it cannot be used from here: then MLflow alone has to tell."""
     if not handle.url:
