@@ -199,7 +199,7 @@ def test_a_named_compute_in_the_docs_is_one(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", examples("json"))
 def test_a_backend_config_in_the_docs_is_one(text: str, tmp_path: Path) -> None:
-    environ = {name: "x" for name in json.loads(text).get("pass_env", [])} | {"HOME": str(tmp_path)}
+    environ = dict.fromkeys(json.loads(text).get("pass_env", []), "x") | {"HOME": str(tmp_path)}
     assert config.parse(text, project_dir=tmp_path, environ=environ).compute
 
 
