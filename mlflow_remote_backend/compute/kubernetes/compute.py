@@ -22,8 +22,9 @@ from ...errors import ComputeError
 from ...job import JobSpec, JobStatus, LogChunk, Phase
 from ...runner import envelope
 from ..base import JobHandle, Request, Secrets
-from . import diagnosis, ending, manifest, names, objects, pod_template, preflight
+from . import diagnosis, ending, leftovers, manifest, names, objects, pod_template, preflight
 from .api import Api, ApiError
+from .leftovers import Leftover
 from .livelog import LiveLog
 from .manifest import Manifest, SecretNames
 from .names import Address
@@ -76,12 +77,6 @@ class KubernetesCompute:
         return cls(context=address.context, namespace=address.namespace, server=address.server)
 
     # ------------------------------------------------------------------------------------------ before it exists
-
-    def describe(self) -> str:
-        """Which cluster this is, in one line, for ``mlflow-remote doctor``. Raises ComputeError if it is silent."""
-        api = self._connected()
-        version = api.get("/version", patience_s=5.0).body.get("gitVersion", "")
-        return f"Kubernetes {version}, namespace {self._namespace_of(api)}"
 
     def render(self, spec: JobSpec) -> Request:
         built = self._built(spec, Secrets())
@@ -244,6 +239,23 @@ class KubernetesCompute:
 
     def recover(self, handle: JobHandle) -> bool:
         return False  # the spool died with its pod
+
+    # ---------------------------------------------------------------------------------------------- for gc, doctor
+
+    def leftovers(self, tracking_uri: str) -> list[Leftover]:
+        """Jobs of ours, and pods without their Job, in the compute's namespace. Raises ComputeError."""
+        api = self._connected()
+        return list(leftovers.leftovers(api, self._namespace_of(api), tracking_uri))
+
+    def remove_leftover(self, left: Leftover) -> None:
+        leftovers.remove(self._connected(), left)
+
+    def describe(self) -> str:
+        """One line about the cluster for people. Raises ComputeError naming the kubeconfig that does not work."""
+        api = self._connected()
+        version = api.get("/version", patience_s=0.0).body.get("gitVersion", "of unknown version")
+        place = f"context {api.login.context}, " if api.login.context else ""
+        return f"Kubernetes {version} at {api.login.server} ({place}namespace {self._namespace_of(api)})"
 
     def _delete(self, api: Api, address: Address, uid: str, propagation: str) -> None:
         """Delete the very Job; one that is gone, or a namesake, is left alone."""

@@ -12,6 +12,7 @@ value and no parameter, only digests. They share one volume, ROOT, that lives as
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...job import JobSpec, Limits, Resources, Retry
+from ...runner import envelope as wire
 from ...version import __version__
 from . import names
 
@@ -34,6 +36,8 @@ JOB_FILES = "/mlflow-remote-job"
 ENVELOPE_FILE = "envelope.json"
 
 DEFAULT_USER = 1000
+MAX_PLAIN_ENVELOPE_BYTES = 64 << 10
+MAX_SECRET_BYTES = 1_000_000  # Kubernetes takes 1 MiB
 TTL_S = 86_400  # how long a finished Job stays, for people who look with kubectl
 PREPARE_MEMORY_BYTES = 512 << 20  # unpacking and linking an environment must not fail for a program that needs little
 OBSERVE_RESOURCES = {
@@ -108,6 +112,7 @@ def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
                     "labels": labels,
                     "annotations": {
                         **spec.annotations,
+                        names.RUN_ID: spec.run.run_id,
                         "kubectl.kubernetes.io/default-container": MAIN,
                         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
                     },
@@ -124,9 +129,16 @@ def secret(
     manifest: Manifest, owner_uid: str, envelope: str, program: Mapping[str, str], runner: Mapping[str, str]
 ) -> dict[str, Any]:
     """The Secret owned by the Job with this uid. It dies with its owner; nobody can change it."""
-    values = {ENVELOPE_FILE: envelope}
-    values |= {f"program.{name}": value for name, value in program.items()}
+    values = {f"program.{name}": value for name, value in program.items()}
     values |= {f"runner.{name}": value for name, value in runner.items()}
+    data = {ENVELOPE_FILE: _encoded(envelope), **{name: _base64(value.encode()) for name, value in values.items()}}
+    size_bytes = sum(map(len, data.values())) * 3 // 4
+    if size_bytes > MAX_SECRET_BYTES:
+        raise ConfigError(
+            f"The job's description and its secret variables have {size_bytes} bytes; a Secret of Kubernetes holds "
+            f"{MAX_SECRET_BYTES}.",
+            hint="Pass large values as files of the project or as artifacts.",
+        )
     metadata = manifest.job["metadata"]
     owner = {
         "apiVersion": "batch/v1",
@@ -146,8 +158,18 @@ def secret(
         },
         "immutable": True,
         "type": "Opaque",
-        "stringData": values,
+        "data": data,
     }
+
+
+def _encoded(envelope: str) -> str:
+    """The envelope as it is for people who look at it, compressed where it is large: ``envelope.load`` takes both."""
+    plain = envelope.encode()
+    return _base64(plain if len(plain) <= MAX_PLAIN_ENVELOPE_BYTES else wire.compressed(envelope))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def envelope_digest(envelope: str) -> str:
@@ -171,6 +193,7 @@ def _annotations(spec: JobSpec, envelope: str) -> dict[str, str]:
         names.ATTEMPTS: str(spec.retry.max_attempts),
         names.LIMITS: json.dumps(patience, sort_keys=True),
         names.VERSION: __version__,
+        names.TRACKING: names.tracking_mark(spec.run.tracking_uri),
     }
 
 

@@ -22,6 +22,7 @@ SNAPSHOT = "mlflow-remote/snapshot"
 LIMITS = "mlflow-remote/limits"
 ATTEMPTS = "mlflow-remote/max-attempts"
 VERSION = "mlflow-remote/version"
+TRACKING = "mlflow-remote/tracking"  # which tracking server, as a digest
 QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_NAME = "batch.kubernetes.io/job-name"  # set on pods by Kubernetes since 1.27
 JOB_UID = "batch.kubernetes.io/controller-uid"
@@ -57,6 +58,11 @@ def without_userinfo(url: str) -> str:
     """A URL that may be shown."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def tracking_mark(uri: str) -> str:
+    """Which tracking server a job belongs to: a digest, because an address can be a secret."""
+    return hashlib.sha256(without_userinfo(uri).rstrip("/").encode()).hexdigest()[:16]
 
 
 def label_value(text: str) -> str:
