@@ -7,6 +7,7 @@ and only such as stay inside the project, devices and the like are left out.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tarfile
@@ -19,6 +20,7 @@ from ...runner.unpack import is_safe_target
 
 _BLOCK_BYTES = 512
 _CHUNK_BYTES = 1 << 20
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _END = b"\0" * (2 * _BLOCK_BYTES)
 
 
@@ -107,27 +109,45 @@ def _content(source: Path, size: int) -> Iterator[bytes]:
 # -- out ---------------------------------------------------------------------------------------------------------------
 
 
-def files(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """The regular files of a tar archive with their content, to be read before the next one is asked for."""
-    for member, stream in _members(archive):
-        if stream is not None:
-            yield member, stream
+class Content:
+    """What is left of a file in a tar stream. An archive that breaks off is an OSError."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        with _cut_off_is_oserror():
+            return self._stream.read(size)
 
 
-def _members(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    reader: Any = _Reader(archive)  # tarfile needs no more of a file than its ``read``
+@contextlib.contextmanager
+def _cut_off_is_oserror() -> Iterator[None]:
     try:
-        with tarfile.open(fileobj=reader, mode="r|", bufsize=_CHUNK_BYTES) as members:
-            for member in members:
-                yield member, members.extractfile(member) if member.isreg() else None
+        yield
     except tarfile.TarError as error:
         raise OSError(f"the engine's archive was cut off: {error}") from error
 
 
-def unpack(archive: Iterator[bytes], root: Path, folder: str) -> None:
+def files(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Content]]:
+    """The regular files of a tar archive with their content, to be read before the next one is asked for."""
+    for member, content in _members(archive):
+        if content is not None:
+            yield member, content
+
+
+def _members(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Content | None]]:
+    reader: Any = _Reader(archive)  # tarfile needs no more of a file than its ``read``
+    with _cut_off_is_oserror(), tarfile.open(fileobj=reader, mode="r|", bufsize=_CHUNK_BYTES) as members:
+        for member in members:
+            stream = members.extractfile(member) if member.isreg() else None
+            yield member, Content(stream) if stream is not None else None
+
+
+def unpack(archive: Iterator[bytes], root: Path, folder: str) -> list[str]:
     """Write an engine's archive of the folder ``root/folder`` (as it is in the container) to that place.
 
-    What was there is removed first. Raises OSError where this machine's disk does not take it.
+    What was there is removed first. Returns a line for each file that this machine cannot hold (its name is too long,
+    say). Raises OSError where the disk is full or the archive breaks off.
     """
     target = root / folder
     if target.is_symlink() or target.is_file():
@@ -136,22 +156,38 @@ def unpack(archive: Iterator[bytes], root: Path, folder: str) -> None:
         shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     links: list[tuple[str, str]] = []
-    for member, stream in _members(archive):
+    problems: list[str] = []
+    for member, content in _members(archive):
         path = _inside(folder, member.name)
         if path is None:
             continue
-        if member.isdir():
-            (root / path).mkdir(parents=True, exist_ok=True)
-        elif stream is not None:
-            _write(root / path, stream, member.mode)
-        elif member.islnk():
-            _copy_again(root, path, _inside(folder, member.linkname))
-        elif member.issym():
+        if member.issym():
             links.append((path, member.linkname))
-    for path, link in links:
-        if is_safe_target(path, link):
-            with contextlib.suppress(FileExistsError):
-                (root / path).symlink_to(link)
+            continue
+        try:
+            _make(root, folder, path, member, content)
+        except OSError as error:
+            if error.errno is None or error.errno in _DISK_TROUBLE:
+                raise
+            problems.append(f"{path}: {error.strerror}")
+    _link(root, links)
+    return problems
+
+
+def _make(root: Path, folder: str, path: str, member: tarfile.TarInfo, content: Content | None) -> None:
+    if member.isdir():
+        (root / path).mkdir(parents=True, exist_ok=True)
+    elif content is not None:
+        _write(root / path, content, member.mode)
+    elif member.islnk():
+        _copy_again(root, path, _inside(folder, member.linkname))
+
+
+def _link(root: Path, links: Iterable[tuple[str, str]]) -> None:
+    for path, target in links:
+        if is_safe_target(path, target):
+            with contextlib.suppress(OSError):
+                (root / path).symlink_to(target)
 
 
 def _inside(folder: str, name: str) -> str | None:
@@ -162,11 +198,12 @@ def _inside(folder: str, name: str) -> str | None:
     return "/".join([folder, *parts[1:]])
 
 
-def _write(path: Path, stream: IO[bytes], mode: int) -> None:
+def _write(path: Path, content: Content, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(path, flags, (mode & 0o777) | 0o600), "wb") as file:
-        shutil.copyfileobj(stream, file, _CHUNK_BYTES)
+        while data := content.read(_CHUNK_BYTES):
+            file.write(data)
 
 
 def _copy_again(root: Path, path: str, original: str | None) -> None:

@@ -14,7 +14,8 @@ from ...job import Diagnosis, Reason
 _NO_SPACE = ("no space left on device", "disk quota exceeded")
 _FATAL_PULL = (
     "not found", "manifest unknown", "unauthorized", "denied", "no matching manifest", "invalid reference",
-    "does not match the specified platform", "repository does not exist", "authentication required", "unsupported",
+    "does not match the specified platform", "repository does not exist", "authentication required", "basic auth",
+    "unsupported",
 )  # fmt: skip
 
 

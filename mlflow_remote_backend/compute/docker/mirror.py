@@ -14,7 +14,6 @@ import secrets as random_tokens
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from ...runner.spool import SEGMENT_BYTES, SpoolReader
 from . import copying, request
@@ -137,7 +136,7 @@ class Mirror:
                 exit_record = stream.read()
         return exit_record
 
-    def _take_segment(self, segment: int, stream: IO[bytes]) -> None:
+    def _take_segment(self, segment: int, stream: copying.Content) -> None:
         """Append what of the segment lies beyond our end. An engine's archive has a folder's files in their order."""
         position = segment * SEGMENT_BYTES
         while data := stream.read(_READ_BYTES):

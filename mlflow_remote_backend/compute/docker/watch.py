@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ STOP_MARGIN_S = 10.0  # beyond the grace period, before the container itself is 
 GIVE_UP_S = 30.0  # and then, before a cancelled job's engine that does not answer is given up
 REMOVAL_S = 10.0  # for an engine to remove a container that somebody wants removed
 STAND_IN = "-files"  # after the container's name: what its volume is read from when it is gone
+NOT_COPIED = "mlflow-remote-not-copied.txt"  # beside outputs that this machine cannot hold: which, and why
 _BEING_REMOVED = ("removing", "dead")
 
 T = TypeVar("T")
@@ -148,8 +150,11 @@ class ContainerRun:
             time.sleep(FIRST_PAUSE_S)
         return found
 
-    def _ask(self, question: Callable[[], T]) -> T:
-        """The engine's answer, however long that takes: silence is no proof of anything."""
+    def _ask(self, question: Callable[[], T], give_up: float = math.inf) -> T:
+        """The engine's answer, however long that takes: silence is no proof of anything.
+
+        Raises OSError where this machine (its disk) is the trouble at the time ``give_up``.
+        """
         pause_s = FIRST_PAUSE_S
         while True:
             try:
@@ -159,6 +164,8 @@ class ContainerRun:
             except (ComputeError, OSError) as error:
                 if self._too_late():
                     raise _GivenUp from error
+                if isinstance(error, OSError) and time.monotonic() > give_up:
+                    raise
                 self._say(f"no contact, the container may still run: {error}")
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -172,10 +179,9 @@ class ContainerRun:
 
     def _bring(self, found: dict[str, Any] | None) -> None:
         record = self._ask(lambda: self._from_source(self._mirror.finish))
-        for output in self._spec.outputs:
-            self._ask(partial(self._from_source, partial(self._unpack_output, output)))
+        trouble = self._bring_outputs()
         if record is not None:
-            self._write_exit(_with_engine_knowledge(record, found))
+            self._write_exit(_with_what_we_know(record, found, trouble))
         elif self._spool.cancel_requested():
             self._record(Diagnosis(Reason.CANCELLED, f"Cancelled; container {self._name} was killed."))
         else:
@@ -184,8 +190,20 @@ class ContainerRun:
         with contextlib.suppress(ComputeError):  # collect tries again
             remove(self._engine, self._name)
 
-    def _unpack_output(self, output: str, source: str) -> None:
-        copying.unpack(self._engine.copy_out(source, f"{request.WORK}/{output}"), self._folder.work, output)
+    def _bring_outputs(self) -> str:
+        """Copy the output folders here. Returns why that is impossible, if it stays so for ``finalize_timeout``."""
+        give_up = time.monotonic() + self._spec.limits.finalize_timeout_s
+        for output in self._spec.outputs:
+            try:
+                problems = self._ask(partial(self._from_source, partial(self._unpack_output, output)), give_up)
+                if problems:
+                    (self._folder.work / output / NOT_COPIED).write_text("\n".join(problems) + "\n")
+            except OSError as error:
+                return f"folder {output!r} could not be copied to {self._folder.work}: {error.strerror or error}"
+        return ""
+
+    def _unpack_output(self, output: str, source: str) -> list[str]:
+        return copying.unpack(self._engine.copy_out(source, f"{request.WORK}/{output}"), self._folder.work, output)
 
     def _from_source(self, bring: Callable[[str], T]) -> T | None:
         """What ``bring`` brings from the container, or from its volume if that is gone; None: it is not there."""
@@ -237,14 +255,17 @@ class ContainerRun:
         write_json(self._folder.spool / "exit.json", json.loads(record), durable=True)
 
 
-def _with_engine_knowledge(record: bytes, found: Mapping[str, Any] | None) -> bytes:
-    """The exit record with what only the engine saw: that the container's memory limit killed something."""
+def _with_what_we_know(record: bytes, found: Mapping[str, Any] | None, trouble: str) -> bytes:
+    """The exit record with what ``execute`` could not see: a kill for want of memory, outputs left behind."""
     try:
         known = json.loads(record)
     except ValueError:
         return json.dumps(dataclasses.asdict(ExitRecord(137))).encode()
     if found is not None and found["State"].get("OOMKilled") and not known.get("oom_kills"):
         known["oom_kills"] = 1
+    if trouble and known.get("exit_code") == 0:
+        message = f"The program exited with code 0, but its {trouble}."
+        known["error"] = {"code": Reason.FINALIZE_INCOMPLETE.value, "message": message}
     return json.dumps(known).encode()
 
 

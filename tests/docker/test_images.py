@@ -1,0 +1,92 @@
+"""The image of a job: found, pulled, or refused in the registry's own words."""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+
+import pytest
+from private_registry import PASSWORD, USER, private_registry
+
+from mlflow_remote_backend.compute.docker import images
+from mlflow_remote_backend.errors import ComputeError, JobError
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture
+def pushed(client, engine, registry, shell_image):
+    """An image that is in the registry and not on the engine."""
+    repository = f"{registry}/tests/{uuid.uuid4().hex[:8]}"
+    client.tag(shell_image, repository, "1")
+    client.push(repository, "1")
+    client.remove_image(f"{repository}:1")
+    yield f"{repository}:1"
+    for each in client.images(name=repository):
+        for name in (*(each.get("RepoTags") or ()), *(each.get("RepoDigests") or ())):
+            if repository in name:
+                engine.remove_image(name)
+
+
+def test_an_image_on_the_engine_is_taken_as_it_is(engine, shell_image) -> None:
+    found = images.obtain(engine, shell_image, say=lambda detail: pytest.fail(detail))
+    assert found.id.startswith("sha256:")
+
+
+def test_a_missing_image_is_pulled_and_known_by_its_digest(engine, pushed) -> None:
+    said: list[str] = []
+    assert images.refuse_missing(engine, pushed, pull="missing", platform="linux/amd64", auth=None) == []
+    found = images.obtain(engine, pushed, say=said.append)
+    assert found.digest.startswith("sha256:")
+    assert said[0] == f"pulling image {pushed}"
+    assert images.obtain(engine, f"{pushed.rpartition(':')[0]}@{found.digest}").id == found.id
+
+
+def test_an_image_that_does_not_exist_is_refused_before_and_after(engine, registry) -> None:
+    name = f"{registry}/tests/never:1"
+    with pytest.raises(ComputeError) as before:
+        images.refuse_missing(engine, name, pull="missing", platform="", auth=None)
+    with pytest.raises(JobError) as after:
+        images.obtain(engine, name)
+    assert before.value.code == after.value.code == "IMAGE_PULL"
+    assert "manifest unknown" in after.value.words or "not found" in after.value.words
+
+
+def test_an_image_that_must_not_be_pulled_is_not(engine, pushed) -> None:
+    with pytest.raises(JobError, match="never"):
+        images.obtain(engine, pushed, pull="never")
+
+
+def test_an_image_for_another_platform_is_refused(engine, pushed) -> None:
+    with pytest.raises(ComputeError, match="linux/s390x"):
+        images.refuse_missing(engine, pushed, pull="missing", platform="linux/s390x", auth=None)
+
+
+def test_a_private_registry_opens_to_credentials_only(engine, client, registry, pushed) -> None:
+    auth = {"username": USER, "password": PASSWORD}
+    with private_registry(registry) as address:
+        name = pushed.replace(registry, address)
+        with pytest.raises(JobError) as refused:
+            images.obtain(engine, name)
+        assert refused.value.code == "IMAGE_PULL"
+        assert "docker login" in refused.value.hint
+        assert images.refuse_missing(engine, name, pull="missing", platform="", auth=auth) == []
+        assert images.obtain(engine, name, auth=auth).id
+        client.remove_image(name)
+
+
+def test_a_registry_that_is_down_is_tried_again_for_a_while(engine, monkeypatch) -> None:
+    monkeypatch.setattr(images, "FIRST_PAUSE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    said: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(JobError) as failed:
+        images.obtain(engine, f"{address}/tests/x:1", patience_s=1.0, say=said.append)
+    assert failed.value.code == "IMAGE_PULL"
+    assert "connection refused" in failed.value.words
+    assert any("trying again" in each for each in said)
+    assert time.monotonic() - began < 60
+    (notice,) = images.refuse_missing(engine, f"{address}/tests/x:1", pull="missing", platform="", auth=None)
+    assert "could not be asked" in notice
