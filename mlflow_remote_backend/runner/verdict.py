@@ -22,6 +22,8 @@ _SIGNAL_WORDS = {
     signal.SIGINT: "interrupt",
     signal.SIGPIPE: "broken pipe",
     signal.SIGHUP: "hangup",
+    signal.SIGUSR1: "user signal 1",
+    signal.SIGUSR2: "user signal 2",
 }
 _EXIT_WORDS = {
     126: "a command was found but cannot be executed: no execute permission, or not for this machine",
@@ -81,7 +83,8 @@ def classify(
 def _not_started(exit_record: ExitRecord, error: object) -> Verdict:
     assert isinstance(error, dict)
     reason = Reason(error["code"]) if error.get("code") in Reason.__members__ else Reason.BOOTSTRAP
-    return Verdict(reason, str(error.get("message", "The program could not be started.")), exit_record.exit_code)
+    message = str(error.get("message", "The program could not be started."))
+    return Verdict(reason, message, exit_record.exit_code, str(error.get("words", "")), str(error.get("hint", "")))
 
 
 def _failed(exit_record: ExitRecord, limits: Limits) -> Verdict:
