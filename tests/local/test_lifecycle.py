@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -16,7 +18,7 @@ from mlflow_remote_backend.compute.local import LocalCompute
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.submitted_run import attach
-from mlflow_remote_backend.testing import ended, stored_log
+from mlflow_remote_backend.testing import ended, stored_log, until
 from mlflow_remote_backend.tracking import Tracking
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -93,3 +95,176 @@ def test_a_submitter_killed_at_any_line_leaves_a_run_that_ends_right_or_none(
     list(gc.collect(Tracking(sqlite_tracking)))
     assert not list(all_folders())
     assert not list(home.temporary.iterdir())
+
+
+# -- the supervisor dies -----------------------------------------------------------------------------------------------
+
+
+def waiting_project(make_project, stop, after="echo after"):
+    return make_project(f"echo before; while [ ! -e {stop} ]; do sleep 0.1; done; {after}")
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not is_alive(pid), 30, f"process {pid} dead")
+
+
+def until_logged(run, line):
+    until(lambda: line in run.logs(), 60, f"{line!r} in the log")
+
+
+def test_the_program_outlives_its_supervisor_and_the_next_look_finds_somebody_to_finish_it(
+    supervisor, sqlite_tracking, make_project, tmp_path
+):
+    run = submit(waiting_project(make_project, tmp_path / "stop", "echo after; exit 5"))
+    until_logged(run, "before")
+    first = supervisor_pid(run)
+    kill(first)
+    assert run.get_status() == "RUNNING"  # a look is all it needs
+    until(lambda: folder_of(run).supervised() and supervisor_pid(run) != first, 60, "another supervisor")
+    (tmp_path / "stop").touch()
+    view = ended(run)
+    assert (view.status, view.tag("exit_code")) == ("FAILED", "5")
+    assert stored_log(run.run_id) == b"before\nafter\n"
+
+
+def test_a_program_that_ended_while_nobody_watched_is_finalised_by_the_next_look(
+    sqlite_tracking, make_project, tmp_path
+):
+    run = submit(waiting_project(make_project, tmp_path / "stop", "mkdir -p outputs; echo r > outputs/result"))
+    until_logged(run, "before")
+    kill(supervisor_pid(run))
+    (tmp_path / "stop").touch()
+    until(lambda: Spool(folder_of(run).spool).exit(), 60, "the program's end")
+    list(gc.collect(Tracking(sqlite_tracking)))
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("FINISHED", "OK")
+    assert {each.path for each in mlflow.MlflowClient().list_artifacts(run.run_id, "outputs")} == {"outputs/result"}
+
+
+def test_a_supervisor_and_its_execute_killed_together_leave_no_program_and_no_false_end(
+    sqlite_tracking, make_project, tmp_path
+):
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    started = Spool(folder_of(run).spool).started()
+    kill(supervisor_pid(run))
+    kill(started.execute_pid)
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("FAILED", "KILLED_BY_SYSTEM")
+    assert stored_log(run.run_id) == b"before\n"
+    assert not is_alive(started.pid)
+
+
+def test_a_supervisor_that_dies_before_the_program_started_ends_the_run_and_starts_nothing(
+    sqlite_tracking, make_project, tmp_path, monkeypatch
+):
+    """Whoever looks has neither the submitter's variables nor its secrets."""
+    monkeypatch.setattr("mlflow_remote_backend.runner.supervise.prepare", lambda *args: signal.pause())
+    monkeypatch.setenv("MLFLOW_REMOTE_SUPERVISOR", "fork")
+    run = submit(make_project(f"touch {tmp_path}/ran"))
+    until(lambda: folder_of(run).said().get("phase") == "preparing", 60, "preparing")
+    kill(supervisor_pid(run))
+    monkeypatch.undo()
+    view = ended(attach(run.run_id))
+    assert (view.status, view.tag("reason")) == ("FAILED", "KILLED_BY_SYSTEM")
+    assert "before it had started the program" in view.tag("message")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_supervisor_that_always_dies_does_not_come_back_for_ever(sqlite_tracking, make_project, tmp_path):
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    started = Spool(folder_of(run).spool).started()
+    kill(supervisor_pid(run))
+    kill(started.execute_pid)
+    for _ in range(100):
+        folder_of(run).count_recovery()
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("FAILED", "KILLED_BY_SYSTEM")
+    os.kill(started.pid, signal.SIGKILL)
+
+
+def test_a_long_lived_submitter_has_no_zombies_and_no_threads_left(supervisor, sqlite_tracking, make_project):
+    before = {each.ident for each in threading.enumerate()}
+    for run in [submit(make_project("echo x", name=f"p{i}")) for i in range(2)]:
+        assert ended(run).status == "FINISHED"
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if not is_alive(pid)]
+    assert {each.ident for each in threading.enumerate()} <= before
+
+
+# -- a job that is still being created ---------------------------------------------------------------------------------
+
+
+def test_who_attaches_while_the_job_is_being_created_waits_for_it(sqlite_tracking, make_project, monkeypatch, capfd):
+    """And judges nothing: there is no job yet, which is no proof that there will be none."""
+    attached = []
+    original = LocalCompute.submit
+
+    def submit_slowly(compute, request, secrets):
+        run = attach(request.spec.run.run_id)
+        waiting = threading.Thread(target=lambda: attached.append(run.follow(sys.stdout)))
+        waiting.start()
+        assert run.get_status() == "RUNNING"
+        list(gc.collect(Tracking(sqlite_tracking)))
+        waiting.join(1.0)
+        assert waiting.is_alive()
+        return original(compute, request, secrets)
+
+    monkeypatch.setattr(LocalCompute, "submit", submit_slowly)
+    run = submit(make_project("echo hello"))
+    assert ended(run).status == "FINISHED"
+    until(lambda: attached, 30, "the end for who attached")
+    assert attached[0].status == "FINISHED"
+    assert capfd.readouterr().out == "hello\n"
+
+
+def test_a_submission_that_fails_half_way_ends_its_run_and_its_job(sqlite_tracking, make_project, monkeypatch):
+    original = LocalCompute.submit
+
+    def fail_late(compute, request, secrets):
+        original(compute, request, secrets)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalCompute, "submit", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        submit(make_project("sleep 3600"))
+    (run,) = all_runs()
+    view = attach(run.info.run_id).view()
+    assert (view.ended, view.status, view.tag("reason")) == (True, "KILLED", "CANCELLED")
+    assert not list(all_folders())
+
+
+# -- many --------------------------------------------------------------------------------------------------------------
+
+
+def test_many_runs_submitted_side_by_side_are_neither_lost_nor_mixed_up(tracking, make_project):
+    project = make_project("echo run {number}; exit $(({number} % 3))", parameters={"number": "string"})
+
+    def run(number):
+        submitted = mlflow.projects.run(
+            str(project),
+            parameters={"number": number},
+            backend="remote",
+            env_manager="local",
+            synchronous=False,
+            backend_config={"stream_output": False},
+        )
+        return number, ended(submitted)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, view in pool.map(run, range(12)):
+            assert view.tag("exit_code") == str(number % 3)
+            assert view.status == ("FAILED" if number % 3 else "FINISHED")
+            assert stored_log(view.run_id) == f"run {number}\n".encode()
+    assert not list(all_folders())
+
+
+def test_the_same_submission_id_at_the_same_time_makes_one_job(sqlite_tracking, make_project, tmp_path):
+    project = make_project(f"echo once >> {tmp_path}/ran")
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda _: submit(project, submission_id="at-once"), range(3)))
+    assert len({run.run_id for run in runs}) == 1
+    assert ended(runs[0]).status == "FINISHED"
+    assert (tmp_path / "ran").read_text() == "once\n"
