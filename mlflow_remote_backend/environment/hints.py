@@ -42,14 +42,16 @@ _TABLE: tuple[tuple[str, str], ...] = (
         r"requires-python|Python.?[<>=]|current Python|python_abi|requested Python",
         "Ask for another Python version or for other versions of these packages.",
     ),
+    (r"404|could not find subdir|could not be found in channel", "There is no such thing at that address. "),
     (
-        r"was not found in the package registry|there are no versions|No candidates were found|no candidates",
-        "Check the spelling of the name and the version. ",
+        r"cannot be installed because|conflict",
+        "Loosen one of the versions named above; a package may also be missing for this platform, or be misspelt. ",
     ),
     (
-        r"No solution found|conflict|cannot be installed because|unsatisfiable|is incompatible",
-        "Loosen one of the versions named above.",
+        r"was not found in the package registry|there are no versions|No candidates were found|in the provided package",
+        "Check the spelling of the name and the version; it may also not be published for this platform. ",
     ),
+    (r"No solution found|unsatisfiable|is incompatible", "Loosen one of the versions named above."),
     (
         r"no wheels? with a matching|no matching platform|has no usable wheels|only has wheels for",
         "The package is not published for this platform; choose another version, or take it from a conda channel.",

@@ -357,8 +357,9 @@ def _python_project(file: Path, shown: str, manager: str, options: EnvironmentOp
     python = document.get("python") or _this_python()
     if not isinstance(python, str) or not re.fullmatch(r"\d+(\.\d+){0,2}", python):
         raise EnvironmentError_(f"{shown}: python must be a version like 3.11 or 3.11.7, not {python!r}.")
-    lines = (*_list(document, "build_dependencies", shown), *_list(document, "dependencies", shown))
-    packages = requirements.expand(lines, folder=file.parent, where=shown)
+    packages = RequirementList()
+    for key in ("build_dependencies", "dependencies"):
+        packages += requirements.expand(_list(document, key, shown), folder=file.parent, where=f"{shown}, {key}")
     if manager == "conda":
         return _conda_of_python(file, shown, python, packages, options)
     return _venv(manager, file, shown, python, packages, options)

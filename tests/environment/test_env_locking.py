@@ -200,11 +200,13 @@ def test_a_missing_mlflow_is_foreseen(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------------------- committed locks
 
 
-def test_a_committed_conda_lock_of_ours_wins_and_nothing_is_solved(bench: Bench) -> None:
+def test_a_committed_conda_lock_of_ours_wins_and_nothing_is_solved(bench: Bench, tmp_path: Path) -> None:
+    bench.channel = make_channel(tmp_path / "own", packages=[toy("toyapp", "2.0")])
     bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",))
     written = locking.write_lock(bench.load(), bench.root, lock_for=[SUBDIR, OTHER_SUBDIR])
     assert written == bench.project / "conda-lock.yml"
-    write_package(bench.channel, toy("toyapp", "2.0"))  # another content under the same name would be found by solving
+    write_package(bench.channel, toy("toyapp", "3.0"))
+    index_channel(bench.channel)  # solving would find it
     ref = bench.lock(frozen=True)
     assert ref.lock == written.read_text()
     assert "solving" not in bench.steps()
