@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 import uuid
@@ -270,7 +271,17 @@ def secrets_of(config: BackendConfig, environ: Mapping[str, str]) -> Secrets:
     """What travels as secrets: ``pass_env``, and by an open-ended rule all that may open MLflow or its store."""
     forwarded = {key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED}
     network = {key: environ[key] for key in NETWORK if key in environ}
-    return Secrets(program={**network, **forwarded, **config.pass_env}, runner={**network, **forwarded})
+    program = {**network, **forwarded, **config.pass_env}
+    return Secrets(program, {**network, **forwarded, **_registry_credentials(config)})
+
+
+def _registry_credentials(config: BackendConfig) -> dict[str, str]:
+    """MLflow's ``docker_auth``, for whoever pulls and pushes images; a program never gets it."""
+    if config.compute != "docker" or not config.docker.auth:
+        return {}
+    from .compute.docker.engine import AUTH_VARIABLE
+
+    return {AUTH_VARIABLE: json.dumps(dict(config.docker.auth))}
 
 
 # -- creating: from here on a failure ends the run ---------------------------------------------------------------------
