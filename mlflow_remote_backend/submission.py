@@ -387,7 +387,7 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
     request = bind(compute, planned.request, job_run, stored, planned.packed.path)
     tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
     handle = compute.submit(request, secrets)
-    tags = {PREFIX + "job_uid": handle.uid, PREFIX + "snapshot_stored": "true"}
+    tags = {PREFIX + "job_uid": handle.uid, PREFIX + "image": handle.image, PREFIX + "snapshot_stored": "true"}
     with contextlib.suppress(TrackingError):  # the job runs, and is found by its URL: no reason to end it
         tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
     return handle

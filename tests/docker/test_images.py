@@ -36,17 +36,20 @@ def test_an_image_on_the_engine_is_taken_as_it_is(engine, shell_image) -> None:
 
 def test_a_missing_image_is_pulled_and_known_by_its_digest(engine, pushed) -> None:
     said: list[str] = []
-    assert images.refuse_missing(engine, pushed, pull="missing", platform="linux/amd64", auth=None) == []
-    found = images.obtain(engine, pushed, say=said.append)
-    assert found.digest.startswith("sha256:")
-    assert said[0] == f"pulling image {pushed}"
-    assert images.obtain(engine, f"{pushed.rpartition(':')[0]}@{found.digest}").id == found.id
+    known = images.look_up(engine, pushed, pull="missing", platform="linux/amd64", auth=None)
+    assert engine.image(pushed) is None
+    assert known.pinned == f"{pushed.rpartition(':')[0]}@{known.digest}"
+    found = images.obtain(engine, known.pinned, say=said.append)
+    assert found.digest == known.digest
+    assert said[0] == f"pulling image {known.pinned}"
+    again = images.look_up(engine, known.pinned, pull="missing", platform="", auth=None)
+    assert (again.pinned, again.digest) == (found.id, known.digest)
 
 
 def test_an_image_that_does_not_exist_is_refused_before_and_after(engine, registry) -> None:
     name = f"{registry}/tests/never:1"
     with pytest.raises(ComputeError) as before:
-        images.refuse_missing(engine, name, pull="missing", platform="", auth=None)
+        images.look_up(engine, name, pull="missing", platform="", auth=None)
     with pytest.raises(JobError) as after:
         images.obtain(engine, name)
     assert before.value.code == after.value.code == "IMAGE_PULL"
@@ -60,7 +63,7 @@ def test_an_image_that_must_not_be_pulled_is_not(engine, pushed) -> None:
 
 def test_an_image_for_another_platform_is_refused(engine, pushed) -> None:
     with pytest.raises(ComputeError, match="linux/s390x"):
-        images.refuse_missing(engine, pushed, pull="missing", platform="linux/s390x", auth=None)
+        images.look_up(engine, pushed, pull="missing", platform="linux/s390x", auth=None)
 
 
 def test_a_private_registry_opens_to_credentials_only(engine, client, registry, pushed) -> None:
@@ -71,7 +74,7 @@ def test_a_private_registry_opens_to_credentials_only(engine, client, registry, 
             images.obtain(engine, name)
         assert refused.value.code == "IMAGE_PULL"
         assert "docker login" in refused.value.hint
-        assert images.refuse_missing(engine, name, pull="missing", platform="", auth=auth) == []
+        assert images.look_up(engine, name, pull="missing", platform="", auth=auth).digest
         assert images.obtain(engine, name, auth=auth).id
         client.remove_image(name)
 
@@ -88,5 +91,5 @@ def test_a_registry_that_is_down_is_tried_again_for_a_while(engine, monkeypatch)
     assert "connection refused" in failed.value.words
     assert any("trying again" in each for each in said)
     assert time.monotonic() - began < 60
-    (notice,) = images.refuse_missing(engine, f"{address}/tests/x:1", pull="missing", platform="", auth=None)
-    assert "could not be asked" in notice
+    known = images.look_up(engine, f"{address}/tests/x:1", pull="missing", platform="", auth=None)
+    assert "could not be asked" in known.notice

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ...environment.platforms import linux_platform
 from ...errors import ComputeError, ConfigError, ProjectError
 from ...job import JobSpec, JobStatus, LogChunk, Phase
 from ...runner import run_folder
@@ -46,6 +47,7 @@ class DockerCompute(SupervisedCompute):
         self._options = dict(options or {})
         self._connected: Engine | None = None
         self._info: dict[str, Any] = {}
+        self._known: images.Known | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> DockerCompute:
@@ -88,14 +90,31 @@ class DockerCompute(SupervisedCompute):
         reach.refuse_unreachable(spec.run.tracking_uri, engine_here=here, network=network)
         if network not in _BUILT_IN_NETWORKS and not network.startswith("container:"):
             self._refuse_unknown_network(network)
-        unknown = images.refuse_missing(
-            self._engine(),
-            request.image_name(spec),
-            pull=spec.options.get("pull", "missing"),
-            platform=spec.options.get("platform") or self.platform(),
-            auth=registry_auth(secrets.runner),
-        )
-        return [*unknown, *_notices(spec, secrets)]
+        self._refuse_other_platform(spec)
+        notice = self._image(spec, secrets).notice
+        return [*([notice] if notice else []), *_notices(spec, secrets)]
+
+    def _image(self, spec: JobSpec, secrets: Secrets) -> images.Known:
+        """The image as the engine or its registry knows it now; asked once, so that what was checked is what runs."""
+        if self._known is None:
+            self._known = images.look_up(
+                self._engine(),
+                request.image_name(spec),
+                pull=spec.options.get("pull", "missing"),
+                platform=spec.options.get("platform") or self.platform(),
+                auth=registry_auth(secrets.runner),
+            )
+        return self._known
+
+    def _refuse_other_platform(self, spec: JobSpec) -> None:
+        """An environment that is locked for another platform than the container's could not even be made there."""
+        locked, wanted = spec.environment.platform, spec.options.get("platform") or self.platform()
+        if spec.environment.lock_key and locked != linux_platform(wanted.rpartition("/")[2]):
+            raise ConfigError(
+                f"The environment is locked for {locked}, and the container is {wanted}.",
+                key="docker.platform",
+                hint=f"Set docker.platform to {self.platform()}, the engine's own.",
+            )
 
     def _refuse_too_much(self, spec: JobSpec, info: Mapping[str, Any]) -> None:
         """What the engine would refuse when the container is made."""
@@ -133,17 +152,18 @@ class DockerCompute(SupervisedCompute):
     def submit(self, request_: Request, secrets: Secrets) -> JobHandle:
         """The supervisor gets the very engine and image that were checked, whatever a tag or a context says later."""
         spec = request_.spec
-        found = self._engine().image(request.image_name(spec)) if spec.options.get("pull") != "always" else None
+        known = self._image(spec, secrets)
         pinned = {
             **spec.options,
             "endpoint": dataclasses.asdict(self._engine().endpoint),
             "engine": _engine_id(self._engine_info()),
-            **({"resolved_image": str(found["Id"])} if found else {}),
+            "resolved_image": known.pinned,
         }
         bound = dataclasses.replace(request_, spec=dataclasses.replace(spec, options=pinned))
         auth = {key: value for key, value in secrets.runner.items() if key == AUTH_VARIABLE}
         self.start(bound, Start({**os.environ, **auth}, secrets.program, os.getcwd()))
-        return JobHandle(self.handle_url(spec), f"{run_folder.machine_id(self.root)}/{spec.submission_id}")
+        uid = f"{run_folder.machine_id(self.root)}/{spec.submission_id}"
+        return JobHandle(self.handle_url(spec), uid, known.digest)
 
     def handle_of(self, folder: RunFolder) -> JobHandle:
         options = folder.spec().options

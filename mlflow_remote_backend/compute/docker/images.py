@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ComputeError, JobError
 from ...job import Diagnosis
 from . import diagnosis
-from .engine import Engine, Refused
+from .engine import Engine, Refused, split_reference
 from .request import Image
 
 FIRST_PAUSE_S = 1.0
@@ -80,24 +81,38 @@ def _pull_once(engine: Engine, name: str, platform: str, auth: Mapping[str, Any]
             say(f"pulling image {name}: {done:.0f} of {total:.0f} MB")
 
 
-def refuse_missing(engine: Engine, name: str, *, pull: str, platform: str, auth: Mapping[str, Any] | None) -> list[str]:
-    """Raises ComputeError (IMAGE_PULL) where the image can never be had. Pulls nothing; returns what is not known."""
-    if pull != "always" and engine.image(name) is not None:
-        return []
+@dataclass(frozen=True)
+class Known:
+    """What is known of an image before anything exists. ``pinned``: what to ask the engine for from now on, so that it
+    stays the same image whatever a tag says later. ``digest``: for the record. ``notice``: what could not be known."""
+
+    pinned: str
+    digest: str
+    notice: str = ""
+
+
+def look_up(engine: Engine, name: str, *, pull: str, platform: str, auth: Mapping[str, Any] | None) -> Known:
+    """Raises ComputeError (IMAGE_PULL) where the image can never be had. Pulls nothing."""
+    found = None if pull == "always" else engine.image(name)
+    if found is not None:
+        image = Image.from_inspect(found)
+        return Known(image.id, image.digest or image.id)
     if pull == "never":
         raise _refused(diagnosis.of_pull(name, "not found on the engine, and docker.pull is never"))
     try:
         known = engine.registry_image(name, auth)
     except Refused as error:
-        found = diagnosis.of_pull(name, error.words)
-        if found.fatal:
-            raise _refused(found) from error
-        return [f"Image {name} is not on the engine, and its registry could not be asked: {error.words}"]
+        reason = diagnosis.of_pull(name, error.words)
+        if reason.fatal:
+            raise _refused(reason) from error
+        notice = f"Image {name} is not on the engine, and its registry could not be asked: {error.words}"
+        return Known(name, "", notice)
     platforms = {f"{each.get('os')}/{each.get('architecture')}" for each in known.get("Platforms") or ()}
     if platform and platforms and platform not in platforms:
         words = f"no matching manifest for {platform}; there is {', '.join(sorted(platforms))}"
         raise _refused(diagnosis.of_pull(name, words))
-    return []
+    digest = str((known.get("Descriptor") or {}).get("digest") or "")
+    return Known(f"{split_reference(name)[0]}@{digest}" if digest else name, digest)
 
 
 def _refused(found: Diagnosis) -> ComputeError:
