@@ -54,6 +54,8 @@ class RemoteBackend(AbstractBackend):  # type: ignore[misc]
             stderr_line("cancelled before the job existed")
             raise SystemExit(EXIT_INTERRUPTED) from None
         run = submitted_run(submitted)
+        if submitted.config.stream_output or cli is not None:
+            stderr_line(f"run {run.run_id} ({where(submitted)})")
         if _must_wait(submitted.config, cli):
             _wait(run, submitted)
         return run
@@ -97,7 +99,6 @@ def _must_wait(config: BackendConfig, cli: CliContext | None) -> bool:
 
 
 def _wait(run: RemoteSubmittedRun, submitted: Submission) -> None:
-    stderr_line(f"run {run.run_id} ({where(submitted)})")
     try:
         view = run.follow(sys.stdout if submitted.config.stream_output else None)
     except Detached as detached:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,8 +255,19 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _table(found: dict[str, Any]) -> str:
     from .display import harmless
 
-    shown = {key: value for key, value in found.items() if value not in ("", None, {}, [])}
-    return "\n".join(harmless(f"{key:<14} {value}") for key, value in shown.items())
+    lines = []
+    for key, value in found.items():
+        if key in ("started", "ended") and value:
+            value = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        if isinstance(value, dict):
+            lines += [f"{key:<14} {name} = {_rounded(each)}" for name, each in sorted(value.items())]
+        elif value not in ("", None, []):
+            lines.append(f"{key:<14} {value}")
+    return "\n".join(map(harmless, lines))
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

@@ -53,6 +53,8 @@ def _check(name: str, action: Callable[[], str], state: str = "broken") -> Findi
         return Finding(name, "ok", action())
     except (RemoteError, OSError) as error:
         return Finding(name, state, str(error).replace("\n", " "))
+    except Exception as error:  # noqa: BLE001 - a check that breaks is a finding, not the end of the others
+        return Finding(name, "broken", f"{type(error).__name__}: {error}")
 
 
 def _tracking(uri: str) -> str:

@@ -263,7 +263,7 @@ class Follower:
             raise self.detached()
         if interrupts.count and not self.cancelled_here:
             self.cancelled_here = True
-            self._say("cancelling … (Ctrl-C again to detach and leave it running)")
+            self._say("cancelling … (Ctrl-C again to stop watching)")
             threading.Thread(target=self._cancel, name="cancel", daemon=True).start()
 
     def _cancel(self) -> None:
@@ -273,6 +273,9 @@ class Follower:
             self._say(f"cancelling did not succeed: {error}")
 
     def detached(self, why: str = "") -> Detached:
+        if self.cancelled_here:
+            what = f"Stopped watching run {self.run_id}, which is being cancelled."
+            return Detached(what, words=why, hint=f"To see its end: mlflow-remote status {self.run_id}")
         return Detached(
             f"Detached from run {self.run_id}, which goes on.",
             words=why,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 from .errors import ProjectError
 from .job import EntryPoint, Parameter
 
+_REMOTE_GIT = re.compile(r"[\w.-]+@?[\w.-]*:(?!//)")  # HOST:PATH or USER@HOST:PATH, as git and ssh know them
 MAX_MLPROJECT_BYTES = 1 << 20  # a larger MLproject is a mistake or an attack
 MAX_ZIP_BYTES = 4 << 30
 MAX_DIFF_BYTES = 5 << 20
@@ -96,6 +98,8 @@ def _checkout(base: str, version: str | None, scratch: Path | None, stack: conte
     local = _local_path(base)
     if base.endswith(".zip"):
         return _unzip(base, local, _temporary_folder(scratch, stack)), False
+    if local is None and "://" not in base and not _REMOTE_GIT.match(base):
+        raise ProjectError(f"There is no project at {base!r}: no such folder, and not the URL of a repository.")
     if local is not None and version is None:
         if not local.is_dir():
             raise ProjectError(f"Project {base!r} is a file; a project is a folder, a git repository or a zip file.")

@@ -209,6 +209,12 @@ def write_lock(folder: str, backend_config: Mapping[str, Any], platforms: Sequen
     return locking.write_lock(declared, cache.default_root(), lock_for=platforms)
 
 
+def _some(lines: Sequence[str], most: int = 20) -> list[str]:
+    """The first lines for a person, and how many more there are."""
+    more = [f"… and {len(lines) - most} more (--json has all)"] if len(lines) > most else []
+    return [f"             {line}" for line in [*lines[:most], *more]]
+
+
 def _platform(config: BackendConfig) -> str:
     """Where the job runs, as conda names platforms: this machine's; elsewhere linux-64 unless said otherwise."""
     from .environment import platforms
@@ -441,7 +447,12 @@ def plan_data(planned: Plan) -> dict[str, Any]:
         "project": {"uri": planned.project.source_name, "entry_point": spec.entry_point.name},
         "compute": planned.config.compute_name or spec.compute,
         "parameters": dict(spec.parameters),
-        "snapshot": {"digest": packed.digest, "files": len(packed.listing.entries), "size_bytes": packed.size_bytes},
+        "snapshot": {
+            "digest": packed.digest,
+            "size_bytes": packed.size_bytes,
+            "files": [each.path for each in packed.listing.entries if each.sha256],
+            "left_out": {each.path: each.rule for each in packed.listing.left_out},
+        },
         "environment": {"manager": spec.environment.manager, "lock_key": spec.environment.lock_key},
         "request": plain(planned.request.document),
         "notices": list(planned.notices),
@@ -457,7 +468,10 @@ def plan_text(planned: Plan) -> str:
     lines = [
         f"project      {data['project']['uri']}, entry point {data['project']['entry_point']}",
         f"compute      {data['compute']}",
-        f"snapshot     {packed['files']} files, {packed['size_bytes']} bytes packed, {packed['digest']}",
+        *(f"parameter    {name} = {value}" for name, value in planned.project.logged_params.items()),
+        f"snapshot     {len(packed['files'])} files, {packed['size_bytes']} bytes packed, {packed['digest']}",
+        *_some(packed["files"]),
+        *_some([f"left out: {path} ({rule})" for path, rule in packed["left_out"].items()]),
         f"environment  {locked}",
         *(f"notice       {line}" for line in data["notices"]),
         "would create:",

@@ -141,7 +141,11 @@ class Tracking:
                 return
             except requests.RequestException as error:
                 if time.monotonic() + 5 > deadline:
-                    raise self._error("the first request", error) from error
+                    where = redact_url(self.uri)
+                    hint = "Check the tracking URI (MLFLOW_TRACKING_URI) and that the server runs."
+                    raise TrackingError(
+                        f"MLflow at {where} does not answer.", words=redact_url(str(error)), hint=hint, transient=True
+                    ) from error
 
     # -- opening a run ------------------------------------------------------------------------------------------------
 

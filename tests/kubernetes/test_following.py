@@ -10,8 +10,8 @@ from typing import Any
 
 import faultproxy
 import pytest
-from conftest import Namespace, until
 from faultproxy import FaultProxy
+from namespaces import Namespace, until
 
 from mlflow_remote_backend.compute import from_handle
 from mlflow_remote_backend.compute.base import JobHandle
