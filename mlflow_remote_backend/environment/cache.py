@@ -266,7 +266,7 @@ def _prune_files(root: Path, older_than_s: float, *, dry_run: bool) -> tuple[int
         path
         for pattern, age_s in (("archives/*", older_than_s), ("locks/*", older_than_s), ("tmp/*", LEFTOVER_S))
         for path in root.glob(pattern)
-        if time.time() - _newest(path) >= age_s
+        if path.suffix not in (".lock", ".lease") and time.time() - _newest(path) >= age_s
     ]
     idle_s = time.time() - _modified(root / BUILDS)
     with lease.sharing(root / BUILDS, alone=True) as alone:

@@ -57,7 +57,11 @@ def fetch(rows: Sequence[Row], *, channels: Sequence[str], root: Path, report: R
         return path
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:
-        return list(pool.map(one, rows, places))
+        try:
+            return list(pool.map(one, rows, places))
+        except BaseException:
+            counter.stopped = True  # the other downloads end at their next chunk
+            raise
 
 
 @dataclass
@@ -68,9 +72,12 @@ class _Counter:
     report: Report
     done: int = 0
     bytes: int = 0
+    stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def received(self, count: int) -> None:
+        if self.stopped:
+            raise OSError("another download has failed")
         with self.lock:
             self.bytes += count
             detail = f"{self.done} of {self.total} packages"

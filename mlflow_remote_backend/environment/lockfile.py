@@ -21,7 +21,7 @@ from packaging.version import InvalidVersion
 
 from ..errors import EnvironmentError_
 from ..job import EnvironmentRef
-from . import credentials, documents, platforms, requirements, toml
+from . import credentials, documents, platforms, requirements
 from .spec import digest
 
 #: Part of every lock key: a change in how prefixes are built makes new ones.
@@ -246,6 +246,8 @@ def pylock_rows(
     ``pins``: digests (``sha256:…``) that the project's own requirements allow, by canonical name.
     Raises EnvironmentError_ where no file fits, or none that is allowed.
     """
+    from . import toml  # only where locks are made: a job's Python 3.10 has no parser
+
     try:
         packages = toml.loads(text).get("packages", [])
     except ValueError as error:

@@ -125,6 +125,8 @@ def _build(
         report(Progress("installing", 0, len(pip), "packages", "from the package index"))
         interpreter = prefix / "bin" / "python"
         uv.install(interpreter, pip, index_lines=ref.indexes, root=root, compile_bytecode=compile_bytecode)
+    elif compile_bytecode:
+        _compile(prefix, root)
     return {
         "schema": lockfile.SCHEMA,
         "lock_key": ref.lock_key,
@@ -135,6 +137,14 @@ def _build(
         "packages": len(rows),
         "activation": _activation(prefix) if ref.kind == "conda-lock" else {},
     }
+
+
+def _compile(prefix: Path, root: Path) -> None:
+    """Bytecode for a prefix without a pip part, whose packages uv would else compile along."""
+    with tool.private_folder(root) as folder:
+        for packages in prefix.glob("lib/python3*/site-packages"):
+            argv = [str(prefix / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(packages)]
+            tool.run(argv, cwd=folder, environ=tool.environment(folder), timeout_s=LINK_TIMEOUT_S)
 
 
 def _link_conda(rows: Sequence[Any], ref: EnvironmentRef, prefix: Path, root: Path, report: Report) -> None:

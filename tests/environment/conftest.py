@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench import Bench
-from channel import make_channel, toy
+from channel import PYTHON_MINOR, make_channel, toy
 from wheels import Index, serving, wheel
+
+from mlflow_remote_backend.job import EnvironmentRef
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +63,22 @@ def bench(tmp_path: Path, channel: Path, index: Index) -> Bench:
     project = tmp_path / "project"
     project.mkdir()
     return Bench(project, tmp_path / "cache", channel, index)
+
+
+@pytest.fixture(scope="session")
+def solved_stock(channel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, EnvironmentRef]:
+    """The environment that most tests build, solved once: its index's address, and the reference."""
+    folder = tmp_path_factory.mktemp("stock")
+    with pytest.MonkeyPatch.context() as patch, serving(Index().add(*index_packages())) as index:
+        patch.setenv("PIP_CONFIG_FILE", os.devnull)
+        project = Bench(folder, folder / "cache", channel, index)
+        return index.address(""), project.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
+
+
+@pytest.fixture
+def stock(bench: Bench, solved_stock: tuple[str, EnvironmentRef]) -> EnvironmentRef:
+    """A lock of python, toyapp (with toylib) and pip's fruit (with needed), as this test's own index serves them."""
+    address, ref = solved_stock
+    here = bench.index.address("")
+    lines = tuple(line.replace(address, here) for line in ref.indexes)
+    return dataclasses.replace(ref, lock=ref.lock.replace(address, here), indexes=lines)

@@ -435,6 +435,15 @@ def test_a_solver_that_is_not_installed(bench: Bench) -> None:
     assert "no-such-mamba" in error.what
 
 
+def test_an_installed_conda_is_asked_if_it_is_wanted(bench: Bench, tmp_path: Path) -> None:
+    installed, witness = tmp_path / "someconda", tmp_path / "witness"
+    shim = f'exec "{sys.executable}" -m mlflow_remote_backend.environment.conda_shim "$@"'
+    installed.write_text(f'#!/bin/sh\necho "$1" >> "{witness}"\n{shim}\n')
+    installed.chmod(0o755)
+    assert rows(bench.conda(f"python={PYTHON_MINOR}").lock(solver=str(installed)))["python"] == PYTHON_VERSION
+    assert "create" in witness.read_text()
+
+
 def test_a_cache_that_cannot_be_written(bench: Bench) -> None:
     bench.python_env("peel")
     bench.root = Path("/dev/null") / "cache"

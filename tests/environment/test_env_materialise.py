@@ -78,11 +78,10 @@ def test_activation_names_the_environment_and_nothing_of_another(
     }
 
 
-def test_an_environment_that_is_there_costs_no_look_anywhere(bench: Bench) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
-    first = materialise.materialise(ref, bench.root)
+def test_an_environment_that_is_there_costs_no_look_anywhere(bench: Bench, stock: EnvironmentRef) -> None:
+    first = materialise.materialise(stock, bench.root)
     asked = len(bench.index.requests)
-    moved = dataclasses.replace(ref, lock="not even read")
+    moved = dataclasses.replace(stock, lock="not even read")
     bench.progress.clear()
     assert materialise.materialise(moved, bench.root, bench.progress.append) == first
     assert (len(bench.index.requests), bench.progress) == (asked, [])
@@ -117,6 +116,10 @@ def test_bytecode_is_compiled_where_programs_could_not(bench: Bench) -> None:
     ref = bench.python_env("peel").lock("uv")
     prefix = materialise.materialise(ref, bench.root, compile_bytecode=True)
     assert list(prefix.glob("lib/*/site-packages/__pycache__/peel.*.pyc"))
+    prefix = materialise.materialise(
+        bench.conda(f"python={PYTHON_MINOR}", "toylib").lock(), bench.root, compile_bytecode=True
+    )
+    assert list(prefix.glob("lib/*/site-packages/__pycache__/toylib.*.pyc"))
 
 
 def test_a_lock_of_another_platform_is_refused(bench: Bench) -> None:
@@ -177,18 +180,18 @@ def test_a_namesake_on_another_index_is_not_installed(bench: Bench) -> None:
         assert refuses(bench, confused)
 
 
-def test_a_damaged_archive_in_the_cache_is_fetched_again(bench: Bench) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp").lock()
-    shutil.rmtree(materialise.materialise(ref, bench.root))
+def test_a_damaged_archive_in_the_cache_is_fetched_again(bench: Bench, stock: EnvironmentRef) -> None:
+    shutil.rmtree(materialise.materialise(stock, bench.root))
     (archive,) = bench.root.glob("archives/*/toyapp-2.0-0.conda")
     archive.write_bytes(b"damaged")
     shutil.rmtree(bench.root / "pkgs")
-    assert run(materialise.materialise(ref, bench.root), "import toyapp; toyapp.main()") == "toyapp 2.0"
+    assert run(materialise.materialise(stock, bench.root), "import toyapp; toyapp.main()") == "toyapp 2.0"
 
 
-def test_a_program_that_writes_into_its_environment_does_not_change_the_next_one(bench: Bench) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
-    prefix = materialise.materialise(ref, bench.root)
+def test_a_program_that_writes_into_its_environment_does_not_change_the_next_one(
+    bench: Bench, stock: EnvironmentRef
+) -> None:
+    prefix = materialise.materialise(stock, bench.root)
     later = 10 * 60 * 10**9
     for name in ("toyapp.py", "fruit.py"):
         (file,) = prefix.glob(f"lib/*/site-packages/{name}")
@@ -197,7 +200,7 @@ def test_a_program_that_writes_into_its_environment_does_not_change_the_next_one
             stream.write(original.replace(b"1", b"6").replace(b"2", b"7"))
         os.utime(file, ns=(written_ns + later, written_ns + later))
     shutil.rmtree(prefix)
-    again = materialise.materialise(ref, bench.root)
+    again = materialise.materialise(stock, bench.root)
     assert run(again, "import toyapp, fruit; toyapp.main(); print(fruit.__version__)") == "toyapp 2.0\n1.0"
 
 
@@ -364,10 +367,9 @@ def start_build(bench: Bench, ref: EnvironmentRef, die_at: str = "") -> subproce
     return process
 
 
-def test_several_processes_at_once_build_once(bench: Bench) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
+def test_several_processes_at_once_build_once(bench: Bench, stock: EnvironmentRef) -> None:
     before = bench.index.downloads().count("fruit-1.0-py3-none-any.whl")  # for its metadata
-    builders = [start_build(bench, ref) for _ in range(3)]
+    builders = [start_build(bench, stock) for _ in range(3)]
     outputs = [process.communicate(timeout=120) for process in builders]
     assert [process.returncode for process in builders] == [0, 0, 0], outputs
     assert sum("ready" in json.loads(out) for out, _ in outputs) == 1
@@ -375,14 +377,15 @@ def test_several_processes_at_once_build_once(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("step", ["downloading", "installingfrom", "marker", "renaming"])
-def test_a_builder_killed_at_any_step_leaves_nothing_that_looks_complete(bench: Bench, step: str) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
-    process = start_build(bench, ref, step)
+def test_a_builder_killed_at_any_step_leaves_nothing_that_looks_complete(
+    bench: Bench, stock: EnvironmentRef, step: str
+) -> None:
+    process = start_build(bench, stock, step)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
-    assert cache.hit(bench.root, ref.lock_key) is None
+    assert cache.hit(bench.root, stock.lock_key) is None
     assert not any(entry.complete for entry in cache.entries(bench.root))
-    prefix = materialise.materialise(ref, bench.root)
+    prefix = materialise.materialise(stock, bench.root)
     assert run(prefix, "import toyapp, fruit; toyapp.main()") == "toyapp 2.0"
 
 
@@ -397,21 +400,19 @@ def test_what_a_killed_builder_left_is_not_built_upon(bench: Bench) -> None:
     assert not (left / "sitecustomize.py").exists()
 
 
-def test_an_interrupted_build_leaves_no_process_and_no_folder(bench: Bench) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp").lock()
+def test_an_interrupted_build_leaves_no_process_and_no_folder(bench: Bench, stock: EnvironmentRef) -> None:
 
     def interrupt(progress: Any) -> None:
         if progress.step == "installing":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        materialise.materialise(ref, bench.root, interrupt)
-    assert not cache.prefix(bench.root, ref.lock_key).exists()
-    assert materialise.materialise(ref, bench.root)
+        materialise.materialise(stock, bench.root, interrupt)
+    assert not cache.prefix(bench.root, stock.lock_key).exists()
+    assert materialise.materialise(stock, bench.root)
 
 
-def test_a_disk_that_fills_up_is_named_and_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp", pip=("fruit",)).lock()
+def test_a_disk_that_fills_up_is_named_and_leaves_nothing(bench: Bench, stock: EnvironmentRef, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     program = (
@@ -424,7 +425,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_nothing(bench: Bench, tmp_path
     )
     shell = f'mount -t tmpfs -o size=600k none "$1" && exec "{sys.executable}" -c "$2" "$1"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell, "sh", str(small), program]
-    done = subprocess.run(command, input=json.dumps(dataclasses.asdict(ref)), capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(dataclasses.asdict(stock)), capture_output=True, text=True)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no mount namespace to be had: {done.stderr.strip()}")
     assert "JobError" in done.stdout, done.stdout + done.stderr
@@ -433,11 +434,12 @@ def test_a_disk_that_fills_up_is_named_and_leaves_nothing(bench: Bench, tmp_path
     assert done.stdout.strip().endswith("[]")
 
 
-def test_a_rattler_that_crashes_is_an_error_and_no_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    ref = bench.conda(f"python={PYTHON_MINOR}", "toyapp").lock()
+def test_a_rattler_that_crashes_is_an_error_and_no_environment(
+    bench: Bench, stock: EnvironmentRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crash = [sys.executable, "-c", "import os; os.abort()"]
     monkeypatch.setattr("mlflow_remote_backend.environment.tool.own_module", lambda name: crash)
-    assert f"exit code {-signal.SIGABRT}" in refuses(bench, ref).words
+    assert f"exit code {-signal.SIGABRT}" in refuses(bench, stock).words
 
 
 # ---------------------------------------------------------------------------------------------- activation

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from channel import SUBDIR, make_channel
+from channel import PYTHON_MINOR, SUBDIR, make_channel
 
-from mlflow_remote_backend.environment import activation, cache, locking, materialise, spec
+from mlflow_remote_backend.environment import activation, cache, indexes, locking, materialise, spec, uv
 from mlflow_remote_backend.job import EnvironmentRef
 
 pytestmark = pytest.mark.registry
@@ -40,6 +43,32 @@ def test_the_samples_environment_is_locked_built_and_works(real_channel: Path, t
     program = "import sys, mlflow, sklearn, pandas, matplotlib; print(sys.prefix, sys.base_prefix)"
     assert printed(prefix, program) == f"{prefix} {prefix}"
     assert (tmp_path / "envs" / ref.lock_key) == cache.hit(tmp_path, ref.lock_key)
+
+
+def test_what_the_runner_image_holds_is_enough_to_build(tmp_path: Path) -> None:
+    (tmp_path / "python_env.yaml").write_text(f"python: '{PYTHON_MINOR}'\ndependencies: [six]\n")
+    ref = locking.lock(spec.load(tmp_path, "python", "python_env.yaml"), SUBDIR, tmp_path / "cache")
+    python = runner_python(tmp_path / "runner")
+    command = [str(python), "-m", "mlflow_remote_backend.environment.materialise", str(tmp_path / "job")]
+    environ = {**os.environ, "PYTHONPATH": str(SAMPLE.parent)}
+    done = subprocess.run(
+        command, input=json.dumps(dataclasses.asdict(ref)), capture_output=True, text=True, env=environ, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed(Path(done.stdout.strip()), "import six; print(six.__name__)") == "six"
+
+
+def runner_python(folder: Path) -> Path:
+    """A Python with the extra ``runner`` of setup.cfg and nothing else."""
+    declared = configparser.ConfigParser()
+    declared.read(SAMPLE.parent / "setup.cfg")
+    wanted = declared["options.extras_require"]["runner"].split()
+    lines = indexes.choose((), ())
+    argv = [word for line in lines for word in line.split()]
+    subprocess.run([uv.executable(), "venv", "-q", "--python", sys.executable, str(folder)], check=True)
+    command = [uv.executable(), "pip", "install", "-q", "--python", str(folder / "bin/python"), *argv, *wanted]
+    subprocess.run(command, check=True)
+    return folder / "bin/python"
 
 
 @pytest.mark.parametrize("platform", ["linux-64", "linux-aarch64"])
