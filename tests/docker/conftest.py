@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
 import time
 import urllib.request
 import uuid
@@ -217,13 +215,3 @@ def _archive(tmp_path: Path, files: Mapping[str, str | bytes]) -> tuple[Path, st
         (project / name).write_bytes(content.encode() if isinstance(content, str) else content)
     packed = snapshot.build(snapshot.scan(project, SnapshotOptions(), []), tmp_path)
     return packed.path, packed.digest
-
-
-def tar_of(**files: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()

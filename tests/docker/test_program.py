@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import random
+import socket
+import tarfile
 import threading
 
 import pytest
@@ -14,7 +17,10 @@ from engine_proxy import EngineProxy, engine_proxy
 
 from mlflow_remote_backend.compute.docker import mirror, request
 from mlflow_remote_backend.compute.docker.program import ContainerRun
+from mlflow_remote_backend.errors import JobError
 from mlflow_remote_backend.job import Limits, Resources
+from mlflow_remote_backend.runner.spool import Spool
+from mlflow_remote_backend.runner.supervise import Start
 
 pytestmark = pytest.mark.docker
 
@@ -121,6 +127,45 @@ def test_outputs_belong_to_the_caller(make_job) -> None:
     assert job.run().exit_code == 0
     assert job.log() == b"1234\n"
     assert (job.folder.work / "outputs/f").stat().st_uid == os.getuid()
+
+
+# -- what keeps it from starting
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"image": "mlflow-remote-test/never:1", "pull": "never"}, "IMAGE_PULL", "never"),
+        ({"args": {"mount": "type=bind,src=/no/such/folder,dst=/x"}}, "VOLUME", "/no/such/folder"),
+        ({"args": {"cpuset-cpus": "4096"}}, "CONTAINER_CONFIG", "4096"),
+        ({"user": "no-such-user"}, "CONTAINER_CONFIG", "no-such-user"),
+    ],
+)
+def test_a_container_that_cannot_start_says_why_and_leaves_nothing(make_job, options, code, words) -> None:
+    job = make_job("true", options=options)
+    with pytest.raises(JobError) as failed:
+        job.start()
+    assert failed.value.code == code
+    assert words in str(failed.value)
+
+
+def test_an_image_without_a_shell_is_named(make_job, client, engine) -> None:
+    client.import_image_from_data(tar_of(file=b"nothing"), "mlflow-remote-test/bare", "1")
+    job = make_job("true", image="mlflow-remote-test/bare:1")
+    with pytest.raises(JobError, match="no /bin/sh") as failed:
+        job.start()
+    assert failed.value.code == "CONTAINER_CONFIG"
+    engine.remove_image("mlflow-remote-test/bare:1")
+
+
+def test_a_cancel_while_the_image_is_pulled_is_not_waited_for(make_job) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        job = make_job("true", image=f"127.0.0.1:{silent.getsockname()[1]}/never/answers:1")
+        assert job.prepare().failed is None
+        Spool(job.folder.spool).request_cancel()
+        with pytest.raises(JobError) as failed:
+            job.program.start(job.spec, job.folder, Start(job.environ))
+    assert failed.value.code == "CANCELLED"
 
 
 # -- what the program finds
@@ -411,3 +456,12 @@ def in_container(engine, container: str, argv: list[str]) -> str:
     finally:
         connection.close()
 
+
+def tar_of(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
