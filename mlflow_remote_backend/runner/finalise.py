@@ -29,9 +29,11 @@ from .verdict import Verdict, classify, will_retry
 
 ERROR = "logs/error.txt"
 NOT_STORED = "remote/outputs_not_stored.txt"
+RENAMED = "remote/outputs_renamed.txt"
 SECONDS = "remote/seconds_"
 RUNNER = "runner:"  # how the owners begin that are runners
-REGISTER_PATIENCE_S = 60.0  # the run's end does not wait longer for the model registry
+REGISTER_PATIENCE_S = 10.0  # the run's end does not wait longer for the model registry
+LAST_CHANCE_S = 15.0  # of finalize_timeout, at most half of it, is kept for the status of a run that stays incomplete
 
 T = TypeVar("T")
 
@@ -160,7 +162,9 @@ class _End:
         self._uploader = uploader
         self._verdict = verdict
         self._began = time.monotonic()
-        self._until = self._began + job.spec.limits.finalize_timeout_s
+        self._until = self._end = self._began + job.spec.limits.finalize_timeout_s
+        if job.last_chance:
+            self._until -= min(LAST_CHANCE_S, job.spec.limits.finalize_timeout_s / 2)
         self._pending: list[str] = []
         self._lost: list[Problem] = []
         self._gave_up: RecordError | None = None
@@ -180,6 +184,7 @@ class _End:
         self._upload_outputs()
         if self._pending and not self._job.last_chance:
             return self._outcome()
+        self._until, self._gave_up = self._end, None
         return self._end_run()
 
     def _outcome(self, *, finalized: bool = False, retry: bool = False, gone: bool = False) -> Outcome:
@@ -219,13 +224,19 @@ class _End:
             return
         started = self._job.spool.started()
         found = outputs.find(work_dir, self._job.spec.outputs, started.started_at if started else 0.0)
-        problems = outputs.upload_all(self._job.record, found, self._patiently)
+        uploads = outputs.Uploads(self._job.record, self._until, self._uploader.write_index)
+        problems = uploads.run(found)
         self._pending += [f"{each.name} ({each.why})" for each in problems if each.temporary]
         lost = [each for each in problems if not each.temporary]
         self._lost += lost
-        if lost:
-            text = "".join(f"{each.name}: {each.why}\n" for each in lost)
-            self._try(NOT_STORED, lambda: self._job.record.upload(text.encode(), NOT_STORED))
+        self._store_lines(NOT_STORED, [f"{each.name}: {each.why}" for each in lost])
+        self._store_lines(RENAMED, [f"{name} is stored as {stored}" for name, stored in uploads.renamed])
+
+    def _store_lines(self, artifact: str, lines: list[str]) -> None:
+        if lines:
+            self._try(
+                artifact, lambda: self._job.record.upload("".join(f"{each}\n" for each in lines).encode(), artifact)
+            )
 
     # -- the run
 

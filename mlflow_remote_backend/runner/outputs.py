@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .record import RecordError, RunRecord, Trouble
+from .record import Backoff, RecordError, RunRecord, Trouble
 
 DEFAULT_FOLDER = "outputs"
 #: Artifact folders that are the runner's own: an output folder of that name is stored under ``outputs/``.
@@ -17,6 +20,7 @@ RESERVED = frozenset({"logs", "snapshot", "environment", "remote"})
 CLOCK_TICK_S = 0.02  # file times are taken from a clock that lags behind the one that programs read
 PARALLEL = 4
 MAX_PROBLEMS = 1000
+OWN_FAULT_TRIES = 10  # with the pauses between them about three minutes
 
 
 @dataclass(frozen=True)
@@ -114,24 +118,92 @@ def _within(path: Path, root: Path) -> bool:
     return real == str(root) or real.startswith(os.path.join(root, ""))
 
 
-def upload_all(
-    record: RunRecord, found: Iterator[OutputFile | Problem], patiently: Callable[..., None]
-) -> list[Problem]:
-    """Upload the files, some at a time; return what is not in the run, and why.
+class Uploads:
+    """Uploads output files, some at a time, each with patience up to ``until`` (of the monotonic clock).
 
-    ``patiently(action)`` runs one upload, again and again while that may help, and raises RecordError in the end.
+    ``probe`` stores something small that is stored already: a file that fails right after that worked, and has failed
+    OWN_FAULT_TRIES times, is itself the trouble, and nobody waits for it any longer.
     """
-    problems: list[Problem] = []
 
-    def upload(each: OutputFile | Problem) -> None:
-        problem = each if isinstance(each, Problem) else _upload(record, each, patiently)
-        if problem is not None and len(problems) < MAX_PROBLEMS:
-            problems.append(problem)
+    def __init__(
+        self,
+        record: RunRecord,
+        until: float,
+        probe: Callable[[], None],
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.renamed: list[tuple[str, str]] = []  # a file's name, and what it is stored as
+        self._record = record
+        self._until = until
+        self._probe = probe
+        self._sleep = sleep
 
-    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="outputs") as pool:
-        for batch in _batches(found):
-            list(pool.map(upload, batch))
-    return problems
+    def run(self, found: Iterator[OutputFile | Problem]) -> list[Problem]:
+        """Upload all; return what is not in the run, at most MAX_PROBLEMS of it."""
+        problems: list[Problem] = []
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="outputs") as pool:
+            for batch in _batches(found):
+                problems += [each for each in pool.map(self._take, batch) if each is not None]
+                del problems[MAX_PROBLEMS:]
+        return problems
+
+    def _take(self, each: OutputFile | Problem) -> Problem | None:
+        if isinstance(each, Problem):
+            return each
+        try:
+            before = each.path.stat()
+            problem = self._upload(each)
+            after = each.path.stat()
+        except OSError as error:
+            return Problem(_printable(each.name), f"it cannot be read: {error.strerror}")
+        if problem is None and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            return Problem(_printable(each.name), "it changed while it was uploaded; what is stored may be torn")
+        return problem
+
+    def _upload(self, file: OutputFile) -> Problem | None:
+        name, folder, base = _printable(file.name), storable(file.folder), storable(file.path.name)
+        backoff, others_work = Backoff(), False
+        for tries in itertools.count(1):
+            try:
+                self._record.upload_file(file.path, folder, base)
+                break
+            except RecordError as error:
+                left = self._until - time.monotonic()
+                if not error.transient:
+                    return Problem(name, self._refusal(file, error))
+                if others_work:
+                    return Problem(name, f"it failed {tries} times, and now while others do not: {error.words}")
+                if left <= 0:
+                    return Problem(name, error.words, temporary=True)
+                others_work = tries >= OWN_FAULT_TRIES and self._others_work()
+                if not others_work:
+                    self._sleep(min(backoff.pause_s(), left))
+        if (folder, base) != (file.folder, file.path.name):
+            self.renamed.append((name, f"{folder}/{base}" if folder else base))
+        return None
+
+    @staticmethod
+    def _refusal(file: OutputFile, error: RecordError) -> str:
+        if error.trouble is Trouble.TOO_LARGE:
+            return f"the server takes no file of {file.path.stat().st_size} bytes: {error.words}"
+        return error.words
+
+    def _others_work(self) -> bool:
+        try:
+            self._probe()
+        except RecordError:
+            return False
+        return True
+
+
+#: What MLflow's HTTP artifact store would cut off, drop or decode (its client does not quote names), and bytes that
+#: are no UTF-8.
+_NOT_STORABLE = re.compile(r"[#?\x00-\x1f\x7f\ud800-\udfff]|%(?=[0-9A-Fa-f]{2})")
+
+
+def storable(name: str) -> str:
+    """The name with each character that an artifact's cannot have as ``~`` and its hexadecimal code."""
+    return _NOT_STORABLE.sub(lambda found: f"~{ord(found.group()) & 0xFF:02X}", name)
 
 
 def _batches(found: Iterator[OutputFile | Problem], size: int = 256) -> Iterator[list[OutputFile | Problem]]:
@@ -143,26 +215,6 @@ def _batches(found: Iterator[OutputFile | Problem], size: int = 256) -> Iterator
             yield batch
             batch = []
     yield batch
-
-
-def _upload(record: RunRecord, file: OutputFile, patiently: Callable[..., None]) -> Problem | None:
-    name = _printable(file.name)
-    try:
-        file.name.encode()
-        before = file.path.stat()
-        patiently(lambda: record.upload_file(file.path, file.folder))
-        after = file.path.stat()
-    except UnicodeError:
-        return Problem(name, "its name is not UTF-8, which no artifact's can be")
-    except OSError as error:
-        return Problem(name, f"it cannot be read: {error.strerror}")
-    except RecordError as error:
-        if error.trouble is Trouble.TOO_LARGE:
-            return Problem(name, f"the server takes no file of {before.st_size} bytes: {error.words}")
-        return Problem(name, error.words, temporary=error.transient)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        return Problem(name, "it changed while it was uploaded")
-    return None
 
 
 def _printable(name: str) -> str:

@@ -197,14 +197,16 @@ class LogUploader:
         write_json(self._state, json.loads(dump_index(self._parts)))
 
     def _write_index_if_due(self, now_or_never: bool = False) -> None:
-        now = self._clock()
-        due = now_or_never or (self._parts and now >= self._index_due)  # a silent program has an empty index at its end
-        if self._indexed == self._parts or not due:
-            return
+        due = now_or_never or (self._parts and self._clock() >= self._index_due)
+        if self._indexed != self._parts and due:  # a silent program has an empty index at its end
+            self.write_index()
+
+    def write_index(self) -> None:
+        """Store the index as it is. Raises RecordError."""
         written, document = list(self._parts), dump_index(self._parts)
         self._record.upload(document, INDEX)
         self.sent_bytes += len(document)
-        self._indexed, self._index_due = written, now + INDEX_EVERY_S
+        self._indexed, self._index_due = written, self._clock() + INDEX_EVERY_S
 
     def _drop(self) -> None:
         """Free the spool of what is stored, but for a while's worth for those who follow it on this machine."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import random
 import re
@@ -135,10 +136,17 @@ class RunRecord:
 
     # -- artifacts
 
-    def upload_file(self, path: Path, folder: str) -> None:
-        """Store the file under its own name in the artifact folder, over an older one. Raises OSError too: the file."""
+    def upload_file(self, path: Path, folder: str, name: str = "") -> None:
+        """Store the file in the artifact folder, over an older one, as ``name`` or as it is called. Raises OSError too:
+        the file cannot be read."""
         with open(path, "rb") as file:  # MLflow's words for a file that vanished would look like a server's
             size = os.fstat(file.fileno()).st_size
+        if name and name != path.name:
+            with tempfile.TemporaryDirectory(prefix="mlflow-remote-") as scratch:
+                renamed = Path(scratch, name)  # MLflow takes the name from the path
+                renamed.symlink_to(path.absolute())
+                self.upload_file(renamed, folder)
+            return
         self._call(
             f"uploading {folder}/{path.name} ({size} bytes)",
             lambda client: client.log_artifact(self.run.run_id, str(path), folder),
@@ -244,6 +252,7 @@ _BY_MLFLOW_CODE = {
     "INVALID_PARAMETER_VALUE": Trouble.REFUSED,
     "BAD_REQUEST": Trouble.REFUSED,
 }
+_REFUSED_BY_FILE_SYSTEM = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST})
 _STATUS_IN_TEXT = re.compile(r"failed with error code (\d{3})\b|\b(\d{3}) (?:Client|Server) Error\b")
 
 
@@ -252,6 +261,8 @@ def trouble_of(error: BaseException) -> Trouble:
     for each in _chain(error):
         if "must be in the 'active' state" in str(each):
             return Trouble.GONE
+        if isinstance(each, OSError) and each.errno in _REFUSED_BY_FILE_SYSTEM:
+            return Trouble.REFUSED
         status = _http_status(each)
         if status is not None:
             if status in _BY_HTTP_STATUS:
@@ -263,7 +274,7 @@ def trouble_of(error: BaseException) -> Trouble:
         code = getattr(each, "error_code", None)
         if code in _BY_MLFLOW_CODE:
             return _BY_MLFLOW_CODE[code]
-    return Trouble.REFUSED if isinstance(error, UnicodeError) else Trouble.AWAY
+    return Trouble.AWAY
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

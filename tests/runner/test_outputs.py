@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from mlflow_remote_backend.runner.outputs import OutputFile, Problem, artifact_folder, find
+from mlflow_remote_backend.job import RunRef
+from mlflow_remote_backend.runner.outputs import (
+    OWN_FAULT_TRIES,
+    OutputFile,
+    Problem,
+    Uploads,
+    artifact_folder,
+    find,
+    storable,
+)
+from mlflow_remote_backend.runner.record import RecordError, RunRecord, Trouble
 
 
 def found(work: Path, outputs: Sequence[str] = ("outputs",)) -> tuple[list[str], dict[str, str]]:
@@ -117,3 +128,44 @@ def test_an_unreadable_folder_is_told(tmp_path: Path) -> None:
     finally:
         (tmp_path / "outputs/closed").chmod(0o700)
     assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("plain.txt", "plain.txt"),
+        ("ünï 🦀 50%.csv", "ünï 🦀 50%.csv"),
+        ("a#b?c", "a~23b~3Fc"),
+        ("a%20b", "a~2520b"),
+        ("new\nline\ttab", "new~0Aline~09tab"),
+        ("bad\udcff", "bad~FF"),
+    ],
+)
+def test_names_that_no_artifact_can_have_are_changed(name: str, stored: str) -> None:
+    assert storable(name) == stored
+
+
+def test_a_file_that_alone_fails_is_given_up_and_an_outage_is_waited_for(tmp_path: Path, server_run: RunRef) -> None:
+    """One name is never taken by the server; and for a while none is."""
+    files = [OutputFile(write(tmp_path / name), "outputs") for name in ("first", "poison", "last")]
+    tried: list[str] = []
+
+    class Record(RunRecord):
+        outage = 15
+
+        def upload_file(self, path: Path, folder: str, name: str = "") -> None:
+            tried.append(path.name)
+            Record.outage -= 1
+            if path.name == "poison" or Record.outage > 0:
+                raise RecordError("it failed", Trouble.AWAY, "504 Gateway Time-out")
+            super().upload_file(path, folder, name)
+
+    record = Record(server_run)
+    uploads = Uploads(record, time.monotonic() + 3600, lambda: record.upload(b"x", "logs/probe"), sleep=lambda s: None)
+    (problem,) = uploads.run(iter(files))
+    assert problem.name == "outputs/poison"
+    assert not problem.temporary
+    assert "504" in problem.why
+    assert RunRecord(server_run).download("outputs/first") == b"x"
+    assert RunRecord(server_run).download("outputs/last") == b"x"
+    assert tried.count("poison") >= OWN_FAULT_TRIES
