@@ -174,3 +174,33 @@ def test_a_built_image_is_pushed_and_found_again(make_job, bench, client, regist
     assert again.run().exit_code == 0, again.log()
     assert not any("making" in detail for detail in again.details)
     assert [each["Id"] for each in built_images(ref)] == [made["Id"]]
+
+
+@pytest.mark.usefixtures("tracking", "no_leftovers")
+@pytest.mark.parametrize("declared", ["conda", "python_env"])
+def test_a_project_runs_in_its_environment_from_one_call(bench, make_project, python_image, volume, declared) -> None:
+    import mlflow
+
+    if declared == "conda":
+        bench.conda(f"python={channels.PYTHON_MINOR}", "toylib", pip=("needed",))
+    else:
+        bench.python_env("needed", "toylib")
+    name = f"{declared}.yaml"
+    files = {name: (bench.project / name).read_bytes(), "main.py": SHOW}
+    project = make_project("python main.py || true", files=files, **{f"{declared.removesuffix('_env')}_env": name})
+    run = mlflow.projects.run(
+        str(project),
+        backend="remote",
+        synchronous=False,
+        backend_config={
+            "compute": "docker",
+            "stream_output": False,
+            "docker": {"image": python_image, "network": "host", "env_cache": volume},
+            "environment": {"channel_map": {"conda-forge": bench.channel.as_uri()}, "index_url": bench.index.url},
+        },
+    )
+    assert run.wait(), run.view().tag("message")
+    view = run.view()
+    prefix, toylib, needed, _ = json.loads(next(run.logs()))
+    assert (prefix, toylib, needed) == (f"/mlflow-remote/envs/{view.tag('environment')}", "1.1", "2.0")
+    assert view.metrics["remote/seconds_environment"] > 0
