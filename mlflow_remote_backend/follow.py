@@ -54,12 +54,16 @@ class Log:
     def is_live(self) -> bool:
         return self._compute is not None
 
-    def live(self) -> Iterator[bytes]:
-        """What has come since the last call, from the compute. Empty where that cannot be reached."""
+    def live(self, follow: bool = False) -> Iterator[bytes]:
+        """What has come since the last call, from the compute, and with ``follow`` perhaps what comes.
+
+        Empty where the compute cannot be reached.
+        """
         if self._compute is None:
             return
         with contextlib.suppress(RemoteError):
-            for chunk in self._compute.logs(self._handle, offset=self._cursor.offset, attempt=self._cursor.attempt):
+            at = {"offset": self._cursor.offset, "attempt": self._cursor.attempt}
+            for chunk in self._compute.logs(self._handle, **at, follow=follow):
                 yield from self._take(chunk.attempt, chunk.offset, chunk.data)
 
     def stored(self) -> Iterator[bytes]:
@@ -105,7 +109,7 @@ class LogPump(threading.Thread):
     def run(self) -> None:
         while not self._ending.is_set():
             if self._log.is_live:
-                self._copy(self._log.live())
+                self._copy(self._log.live(follow=True))
             else:
                 with contextlib.suppress(RemoteError):
                     self._copy(self._log.stored())

@@ -222,7 +222,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         log = Log(self._tracking, self._run_id, self._compute, self._handle)
         while True:
             ended = not follow or self.view().ended
-            yield from log.live()
+            yield from log.live(follow=not ended)
             if ended or self._compute is None:
                 yield from log.stored()
             if ended:

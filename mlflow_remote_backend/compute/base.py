@@ -13,7 +13,8 @@ below on a real compute; they hold for every compute, ours and others'.
 5.  ``status`` never blocks longer than a few seconds, never guesses: contact lost raises a transient ComputeError, and
     ``gone`` is only set on proof that no runner of ours will write the final status.
 6.  ``logs`` yields the program's bytes in order from the given offset, each byte once, for as long as the source lasts;
-    its end says nothing about the job. It raises nothing: a source out of reach is an empty iterator.
+    its end says nothing about the job. It raises nothing: a source out of reach is an empty iterator. Only with
+    ``follow`` may it wait for more to come.
 7.  ``cancel`` is idempotent, returns within the grace period and some seconds, and leaves no process, container or pod.
 8.  ``collect`` removes what a finished job left at the compute (not caches). Idempotent.
 9.  ``recover`` is for a job whose runner died: where what it left behind lets another runner of ours finish the run
@@ -96,7 +97,9 @@ class Compute(Protocol):
 
     def status(self, handle: JobHandle) -> JobStatus: ...
 
-    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]: ...
+    def logs(
+        self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False
+    ) -> Iterator[LogChunk]: ...
 
     def cancel(self, handle: JobHandle, *, grace_period_s: float = 30.0) -> None: ...
 

@@ -185,7 +185,9 @@ class DockerCompute(SupervisedCompute):
         phase = Phase.STARTING if state["Status"] == "created" else Phase.FINALIZING
         return JobStatus(phase, job_uid=str(found["Id"]), detail="finished by the machine that submitted it")
 
-    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0) -> Iterator[LogChunk]:
+    def logs(
+        self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False
+    ) -> Iterator[LogChunk]:
         return super().logs(handle, offset=offset, attempt=attempt) if self._ours(handle) else iter(())
 
     def cancel(self, handle: JobHandle, *, grace_period_s: float = 30.0) -> None:
