@@ -1,4 +1,8 @@
-"""An engine of a test's own, to stop, kill and start again. Needs root and a ``dockerd``."""
+"""An engine of a test's own, to stop, kill and start again. Needs root and a ``dockerd``.
+
+It lives in a network namespace of its own: an engine takes the machine's bridges for its own, and would remove the one
+that another engine's containers use.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ STARTED_S = 60
 
 
 class OwnEngine:
-    """A ``dockerd`` with folders and a socket of its own, and no network."""
+    """A ``dockerd`` with folders, a socket and an empty network of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -23,11 +27,12 @@ class OwnEngine:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        options = ["--data-root", "data", "--exec-root", "exec", "--pidfile", "pid"]
-        paths = [str(self._folder / each) if not each.startswith("--") else each for each in options]
+        folders = {"--data-root": "data", "--exec-root": "exec", "--pidfile": "pid"}
+        paths = [word for option, name in folders.items() for word in (option, str(self._folder / name))]
+        command = [*("unshare", "--net", "dockerd"), *paths, *("-H", self.url, "--bridge", "none", "--iptables=false")]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["dockerd", *paths, "-H", self.url, "--bridge", "none", "--iptables=false", "--shutdown-timeout", "5"],
+                [*command, "--shutdown-timeout", "5"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -57,7 +62,11 @@ def why_not() -> str:
     """Why there can be no such engine here; empty if there can."""
     if os.geteuid() != 0:
         return "only root can start an engine"
-    return "" if shutil.which("dockerd") else "dockerd is not on PATH"
+    missing = [name for name in ("dockerd", "unshare") if not shutil.which(name)]
+    if missing:
+        return f"{', '.join(missing)} not on PATH"
+    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True)
+    return "" if tried.returncode == 0 else "no network namespace can be made here"
 
 
 @contextlib.contextmanager
