@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,10 +142,14 @@ def _build(
 
 def _compile(prefix: Path, root: Path) -> None:
     """Bytecode for a prefix without a pip part, whose packages uv would else compile along."""
+    folders = [str(path) for path in prefix.glob("lib/python3*/site-packages")]
     with tool.private_folder(root) as folder:
-        for packages in prefix.glob("lib/python3*/site-packages"):
-            argv = [str(prefix / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(packages)]
-            tool.run(argv, cwd=folder, environ=tool.environment(folder), timeout_s=LINK_TIMEOUT_S)
+        # workers talk by a socket in TMPDIR, whose path may be too long for one
+        environ = {**tool.environment(folder), "TMPDIR": tempfile.gettempdir()}
+        for workers in ("0", "1"):
+            argv = [str(prefix / "bin" / "python"), "-m", "compileall", "-q", "-j", workers, *folders]
+            if tool.run(argv, cwd=folder, environ=environ, timeout_s=LINK_TIMEOUT_S).code == 0:
+                return
 
 
 def _link_conda(rows: Sequence[Any], ref: EnvironmentRef, prefix: Path, root: Path, report: Report) -> None:
