@@ -96,9 +96,11 @@ class Tracking:
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
-    def call(self, doing: str, action: Callable[[], T]) -> T:
+    def call(
+        self, doing: str, action: Callable[[], T], *, timeout_s: int = CALL_TIMEOUT_S, retries: int = CALL_RETRIES
+    ) -> T:
         """Run ``action`` with our time limits. Raises TrackingError: ``doing`` says what was tried."""
-        with _bounded_calls():
+        with _bounded_calls(timeout_s, retries):
             try:
                 return action()
             except Exception as error:
@@ -125,7 +127,8 @@ class Tracking:
         """The experiment's artifact location. Raises within PREFLIGHT_S if there is no such server or experiment."""
         if self.uri.startswith(("http://", "https://")):
             self._reachable()
-        experiment = self.call("reading the experiment", lambda: self.client.get_experiment(experiment_id))
+        read = partial(self.client.get_experiment, experiment_id)
+        experiment = self.call("reading the experiment", read, timeout_s=4, retries=1)
         return str(experiment.artifact_location)
 
     def _reachable(self) -> None:
@@ -146,6 +149,7 @@ class Tracking:
                     raise TrackingError(
                         f"MLflow at {where} does not answer.", words=redact_url(str(error)), hint=hint, transient=True
                     ) from error
+                time.sleep(0.2)
 
     # -- opening a run ------------------------------------------------------------------------------------------------
 
@@ -159,13 +163,18 @@ class Tracking:
         def create() -> Any:
             return self.client.create_run(experiment_id, tags=cut, run_name=name or None)
 
-        try:
-            run = self.call("creating the run", create)
-        except TrackingError as error:
-            found = self.find_submission(experiment_id, submission_id) if error.transient else None
-            if found is None:
-                raise
-            run = self.call("reading the run", lambda: self.client.get_run(found.run_id))
+        for attempt in range(CALL_RETRIES + 1):
+            try:
+                # Repeated by us, not by MLflow's HTTP client: it would make a second run after a lost answer.
+                run = self.call("creating the run", create, retries=0)
+                break
+            except TrackingError as error:
+                found = self.find_submission(experiment_id, submission_id) if error.transient else None
+                if found is not None:
+                    run = self.call("reading the run", partial(self.client.get_run, found.run_id))
+                    break
+                if not error.transient or attempt == CALL_RETRIES:
+                    raise
         self.log_params(run.info.run_id, params)
         return self._ref(run)
 
@@ -353,32 +362,37 @@ def _unanswered(error: BaseException, words: str, status: int) -> bool:
     return network or any(each in words for each in _UNANSWERED) or status in (429, 502, 503, 504)
 
 
-_LIMITS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(CALL_RETRIES),
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(CALL_TIMEOUT_S),
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
+_LIMITS = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")
 _limits_lock = threading.Lock()
-_limits_users = 0
+_limits_in_use: list[tuple[int, int]] = []
 _limits_before: dict[str, str | None] = {}
 
 
 @contextlib.contextmanager
-def _bounded_calls() -> Iterator[None]:
-    """MLflow reads its time limits from the environment at each call: ours, unless the user set them."""
-    global _limits_users
+def _bounded_calls(timeout_s: int, retries: int) -> Iterator[None]:
+    """MLflow reads its limits from the environment at each call, and takes them in no other way: ours stand there only
+    while a call of ours runs. Where several run, the longest timeout and the fewest retries count for all."""
+    own = (timeout_s, retries)
     with _limits_lock:
-        _limits_users += 1
-        if _limits_users == 1:
-            for key, value in _LIMITS.items():
-                _limits_before[key] = os.environ.get(key)
-                os.environ.setdefault(key, value)
+        if not _limits_in_use:
+            _limits_before.update({name: os.environ.get(name) for name in _LIMITS})
+        _limits_in_use.append(own)
+        _set_limits()
     try:
         yield
     finally:
         with _limits_lock:
-            _limits_users -= 1
-            if _limits_users == 0:
-                for key, before in _limits_before.items():
-                    if before is None:
-                        os.environ.pop(key, None)
+            _limits_in_use.remove(own)
+            _set_limits()
+
+
+def _set_limits() -> None:
+    limits = dict(_limits_before)
+    if _limits_in_use:
+        longest_s, fewest = max(each[0] for each in _limits_in_use), min(each[1] for each in _limits_in_use)
+        limits = dict(zip(_LIMITS, (str(fewest), str(longest_s), "1"), strict=True))
+    for name, value in limits.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
