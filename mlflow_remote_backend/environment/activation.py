@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,27 +111,22 @@ def _source(script: Path, prefix: Path, environ: Mapping[str, str]) -> dict[str,
 
     A last command that fails is nothing (``[ -n "$X" ] && …``); one that fails and complains, an exit or a hang raise.
     """
+    from . import tool
+
     shell = shutil.which("bash") or "/bin/sh"
     program = f'. "$1" >/dev/null; {_STATUS}=$? exec env -0'
     shown = script.relative_to(prefix).as_posix()
+    argv = [shell, "-c", program, "activate", str(script)]
     try:
-        done = subprocess.run(
-            [shell, "-c", program, "activate", str(script)],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=SCRIPTS_TIMEOUT_S,
-            cwd=prefix,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = tool.run(argv, cwd=prefix, environ=environ, timeout_s=SCRIPTS_TIMEOUT_S)
+    except (OSError, tool.TimedOut) as error:
         raise ScriptFailed(shown, str(error)) from error
-    pairs = (entry.partition("=") for entry in done.stdout.decode(errors="surrogateescape").split("\0") if entry)
+    pairs = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
     after = {name: value for name, _, value in pairs}
     status = after.pop(_STATUS, None)
-    complaint = done.stderr.decode(errors="replace").strip()
-    if done.returncode or status is None or (status != "0" and complaint):
-        raise ScriptFailed(shown, complaint or f"it ended with exit code {done.returncode}")
+    complaint = done.stderr.strip()
+    if done.code or status is None or (status != "0" and complaint):
+        raise ScriptFailed(shown, complaint or f"it ended with exit code {done.code}")
     return after
 
 
