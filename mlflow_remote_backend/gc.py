@@ -18,8 +18,9 @@ from .compute.supervised import SupervisedCompute
 from .errors import ComputeError, JobError, RemoteError, RequestError
 from .follow import settle
 from .runner.run_folder import RunFolder, all_folders, state_root
-from .submitted_run import close_if_abandoned
-from .tracking import RunView, Tracking
+from .submission_folder import sweep
+from .submitted_run import close_if_abandoned, created
+from .tracking import RunView, Tracking, absolute_uri
 
 ABSENT_S = 15 * 60
 
@@ -38,6 +39,8 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     yield from _abandoned_runs(tracking, dry_run)
     yield from _folders(tracking, dry_run)
     yield from _engine(tracking, dry_run, cache)
+    if not dry_run:
+        yield from (Collected("scratch", str(path), "removed: its submission died") for path in sweep())
 
 
 def _abandoned_runs(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
@@ -50,7 +53,7 @@ def _abandoned_runs(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
 
 def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
     for folder in all_folders(state_root()):
-        if folder.supervised():
+        if folder.supervised() or not _is_of(tracking, folder):
             continue
         try:
             action = _folder_action(tracking, folder, dry_run)
@@ -59,6 +62,14 @@ def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
             continue
         if action:
             yield Collected("folder", str(folder.path), ("would be " if dry_run else "") + action)
+
+
+def _is_of(tracking: Tracking, folder: RunFolder) -> bool:
+    """Whether the job reports to this server: another one must not be asked whether its run is known."""
+    try:
+        return absolute_uri(folder.spec().run.tracking_uri).rstrip("/") == tracking.uri.rstrip("/")
+    except (OSError, JobError):
+        return True  # never written, or unreadable: of nobody else
 
 
 def _folder_action(tracking: Tracking, folder: RunFolder, dry_run: bool) -> str:
@@ -76,6 +87,8 @@ def _folder_action(tracking: Tracking, folder: RunFolder, dry_run: bool) -> str:
     if _over(view):
         _unless(dry_run, lambda: compute.collect(handle))
         return f"removed: {why}"
+    if view is not None and not created(view):
+        return ""  # its submitter is at work on it, or was dealt with above
     if not dry_run:
         settle(tracking, cast(Compute, compute), handle, folder.run_id, compute.status(handle))
     return "given a new supervisor: the old one had died"

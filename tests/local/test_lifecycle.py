@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
+from tracking_server import copy_database
 
 from mlflow_remote_backend import gc
 from mlflow_remote_backend.compute.local import LocalCompute
@@ -268,3 +270,20 @@ def test_the_same_submission_id_at_the_same_time_makes_one_job(sqlite_tracking, 
     assert len({run.run_id for run in runs}) == 1
     assert ended(runs[0]).status == "FINISHED"
     assert (tmp_path / "ran").read_text() == "once\n"
+
+
+# -- gc ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gc_asks_no_server_about_the_jobs_of_another_one(sqlite_tracking, make_project, tmp_path, database_template):
+    """It would not know the run, and the folder holds what was not uploaded yet."""
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    kill(supervisor_pid(run))
+    long_ago = time.time() - 3600
+    os.utime(folder_of(run).path, (long_ago, long_ago))
+    other = copy_database(database_template, tmp_path / "other.db", str(tmp_path))
+    assert [each for each in gc.collect(Tracking(f"sqlite:///{other}")) if each.kind == "folder"] == []
+    assert folder_of(run).exists()
+    (tmp_path / "stop").touch()
+    assert ended(run).status == "FINISHED"
