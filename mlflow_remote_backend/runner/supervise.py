@@ -155,8 +155,8 @@ def _leave_the_submitter(folder: RunFolder, lock: int) -> None:
 
 
 #: Starts its arguments with our stdin and ends, so that a submitter which lives on has no child to wait for. A shell
-#: gives /dev/null to what it puts into the background; hence the detour over descriptor 3.
-_IN_BACKGROUND = 'exec 3<&0; "$@" <&3 3<&- &'
+#: gives /dev/null to what it puts into the background; hence the detour over a spare descriptor.
+_IN_BACKGROUND = 'exec {spare}<&0; "$@" <&{spare} {spare}<&- &'
 
 
 def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
@@ -168,7 +168,7 @@ def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
     command = [sys.executable, "-m", "mlflow_remote_backend.runner.supervise", str(folder.root), folder.run_id, program]
     with folder.log.open("ab") as log:
         shell = subprocess.Popen(
-            ["/bin/sh", "-c", _IN_BACKGROUND, "sh", *command],
+            ["/bin/sh", "-c", _IN_BACKGROUND.format(spare=3 if lock != 3 else 4), "sh", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -287,3 +287,32 @@ def test_gc_asks_no_server_about_the_jobs_of_another_one(sqlite_tracking, make_p
     assert folder_of(run).exists()
     (tmp_path / "stop").touch()
     assert ended(run).status == "FINISHED"
+
+
+# -- the lock's way to a new process -----------------------------------------------------------------------------------
+
+HAND_OVER = """
+import os, sys
+from pathlib import Path
+from mlflow_remote_backend.runner.run_folder import RunFolder
+from mlflow_remote_backend.runner.supervise import Start, _spawn
+
+folder = RunFolder("a" * 32, Path(sys.argv[1]))
+folder.path.mkdir(parents=True)
+for number in range(3, 12):
+    lock = folder.try_lock()
+    while lock is None:  # the last one, which finds no envelope and ends
+        lock = folder.try_lock()
+    if lock != number:
+        os.dup2(lock, number, inheritable=False)
+        os.close(lock)
+    _spawn(folder, number, "nothing:Program", Start(dict(os.environ)))
+    os.close(number)
+    print(number, folder.supervised())
+"""
+
+
+def test_a_spawned_supervisor_holds_the_lock_whatever_its_number(tmp_path):
+    """Otherwise whoever looks before it has said anything takes it for dead."""
+    done = subprocess.run([sys.executable, "-c", HAND_OVER, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"{number} True" for number in range(3, 12)], done.stderr
