@@ -9,6 +9,7 @@ runs in a container of the same Debian release. Its ``pip`` and ``setuptools`` c
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -221,17 +222,33 @@ def _relocated(file: Path, base: Path) -> bytes:
 
 
 def bundled_wheel_package(name: str) -> CondaPackage | None:
-    """The wheel ``name`` that ``ensurepip`` bundles, as a noarch conda package; None where it bundles none."""
+    """``name`` as a noarch conda package: the wheel that ``ensurepip`` bundles, else what is installed beside us.
+
+    Distributions of Linux ship Python without the bundled wheels. None where there is neither.
+    """
     import ensurepip
 
     bundled = Path(ensurepip.__file__).parent / "_bundled"
     for wheel in bundled.glob(f"{name}-*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             files = {f"site-packages/{member}": Entry(archive.read(member)) for member in archive.namelist()}
-        entry_points = ("pip = pip._internal.cli.main:main",) if name == "pip" else ()
-        version = wheel.name.split("-")[1]
-        return CondaPackage(name, version, files, ("python",), noarch="python", entry_points=entry_points)
-    return None
+        return _python_package(name, wheel.name.split("-")[1], files)
+    return _installed_package(name)
+
+
+def _installed_package(name: str) -> CondaPackage | None:
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    listed = [each for each in found.files or () if ".." not in each.parts and each.suffix != ".pyc"]
+    files = {f"site-packages/{each}": Entry(Path(each.locate()).read_bytes()) for each in listed}
+    return _python_package(name, found.version, files)
+
+
+def _python_package(name: str, version: str, files: dict[str, Entry]) -> CondaPackage:
+    entry_points = ("pip = pip._internal.cli.main:main",) if name == "pip" else ()
+    return CondaPackage(name, version, files, ("python",), noarch="python", entry_points=entry_points)
 
 
 # ---------------------------------------------------------------------------------------------- toys
