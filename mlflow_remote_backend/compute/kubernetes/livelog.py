@@ -50,16 +50,27 @@ class LiveLog:
     forbidden: bool = False
 
     def read(
-        self, api: Api, namespace: str, pods: list[Mapping[str, Any]], offset: int, attempt: int
+        self,
+        api: Api,
+        namespace: str,
+        pods: list[Mapping[str, Any]],
+        offset: int,
+        attempt: int,
+        *,
+        follow: bool,
     ) -> Iterator[LogChunk]:
-        """Chunks from ``offset`` of ``attempt`` on, then of later attempts, until the source pauses. Raises nothing."""
+        """Chunks from ``offset`` of ``attempt`` on, then of later attempts. Raises nothing.
+
+        With ``follow`` until the sidecar has said its last word or the stream breaks off; else what is there now.
+        """
         if self.forbidden or time.monotonic() < self._not_before or not _STREAMS.acquire(blocking=False):
             return
         try:
             for pod in sorted(pods, key=objects.attempt):
                 its_attempt = objects.attempt(pod)
                 if its_attempt >= attempt and objects.uid(pod) not in self._complete and _talks(pod):
-                    yield from self._read_pod(api, namespace, pod, offset if its_attempt == attempt else 0)
+                    start = offset if its_attempt == attempt else 0
+                    yield from self._read_pod(api, namespace, pod, start, follow and not objects.ended(pod))
             self._failures = 0
         except ApiError as error:
             self.forbidden = error.status == 403
@@ -73,14 +84,16 @@ class LiveLog:
         pause_s = max(random.uniform(longest_s / 2, longest_s), error.retry_after_s or 0.0)
         self._not_before = time.monotonic() + pause_s
 
-    def _read_pod(self, api: Api, namespace: str, pod: Mapping[str, Any], offset: int) -> Iterator[LogChunk]:
+    def _read_pod(
+        self, api: Api, namespace: str, pod: Mapping[str, Any], offset: int, follow: bool
+    ) -> Iterator[LogChunk]:
         position = self._positions.setdefault(objects.uid(pod), Position())
         known = position.timestamp if offset >= position.offset else ""
         blocks = api.stream(
             f"/api/v1/namespaces/{namespace}/pods/{objects.name(pod)}/log",
             read_timeout_s=SILENCE_S,
             container=OBSERVE,
-            follow="" if objects.ended(pod) else "true",
+            follow="true" if follow else "",
             timestamps="true",
             sinceTime=known,
         )

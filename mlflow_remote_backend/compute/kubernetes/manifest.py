@@ -13,6 +13,7 @@ value and no parameter, only digests. They share one volume, ROOT, that lives as
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import hashlib
 import json
@@ -44,6 +45,8 @@ OBSERVE_RESOURCES = {
     "requests": {"cpu": "10m", "memory": "64Mi"},
     "limits": {"cpu": "1", "memory": "256Mi"},
 }
+#: The attempt, counted from 0, as a pod of ours learns it.
+ATTEMPT_FIELD = f"metadata.annotations['{names.ATTEMPT}']"
 #: What observe exits with where the failed attempt shall be followed by another one: the Job's rules look for it.
 RETRY_EXIT_CODE = 75
 #: Slack between the fences for time: each next one only matters where the one before it failed.
@@ -170,6 +173,29 @@ def _encoded(envelope: str) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
+
+
+def images(built: Manifest) -> list[str]:
+    """The images of all containers, each once."""
+    pod = built.job["spec"]["template"]["spec"]
+    return list(dict.fromkeys(each["image"] for each in (*pod["initContainers"], *pod["containers"])))
+
+
+def with_images(built: Manifest, names_to_digests: Mapping[str, str]) -> Manifest:
+    """The same objects with images named by digest where one is known."""
+    job = copy.deepcopy(built.job)
+    pod = job["spec"]["template"]["spec"]
+    for each in (*pod["initContainers"], *pod["containers"]):
+        each["image"] = names_to_digests.get(each["image"], each["image"])
+    return dataclasses.replace(built, job=job)
+
+
+def released(built: Manifest) -> Manifest:
+    """The same Job as it is after its release."""
+    job = copy.deepcopy(built.job)
+    job["metadata"]["labels"] |= built.release.get("metadata", {}).get("labels", {})
+    job["spec"] |= built.release.get("spec", {})
+    return dataclasses.replace(built, job=job)
 
 
 def envelope_digest(envelope: str) -> str:
@@ -334,7 +360,12 @@ def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[st
         **_pull_policy(options),
         "command": ["/bin/sh", "-c", START_SCRIPT],
         "workingDir": ROOT,
-        "env": _home_env() + _secret_env("program", secret_names.program, secret_name) + _reference_env(spec),
+        "env": [
+            *_home_env(),
+            _downward("MLFLOW_REMOTE_ATTEMPT", ATTEMPT_FIELD),
+            *_secret_env("program", secret_names.program, secret_name),
+            *_reference_env(spec),
+        ],
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts + _cache_mount(spec, read_only=True),
     }
@@ -387,14 +418,18 @@ def _home_env() -> list[dict[str, Any]]:
 
 def _runner_env(secret_names: SecretNames, secret_name: str) -> list[dict[str, Any]]:
     fields = {
-        "MLFLOW_REMOTE_ATTEMPT": f"metadata.annotations['{names.ATTEMPT}']",
+        "MLFLOW_REMOTE_ATTEMPT": ATTEMPT_FIELD,
         "MLFLOW_REMOTE_POD_NAME": "metadata.name",
         "MLFLOW_REMOTE_POD_UID": "metadata.uid",
         "MLFLOW_REMOTE_NODE": "spec.nodeName",
     }
-    downward = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    downward = [_downward(name, path) for name, path in fields.items()]
     client = [{"name": "MLFLOW_REMOTE_CLIENT_VERSION", "value": __version__}]
     return _home_env() + downward + client + _secret_env("runner", secret_names.runner, secret_name)
+
+
+def _downward(name: str, path: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def _secret_env(group: str, variables: tuple[str, ...], secret_name: str) -> list[dict[str, Any]]:

@@ -24,8 +24,9 @@ from typing import Any
 from ...errors import ComputeError, ConfigError
 from ...job import JobSpec, Reason
 from ..base import Secrets
-from . import manifest, names, waiting
+from . import images, manifest, names, waiting
 from .api import Api, ApiError
+from .images import Pinned
 from .manifest import Manifest
 
 PATIENCE_S = 10.0
@@ -216,6 +217,15 @@ def _named(right: Right) -> str:
 def role() -> str:
     """The Role that grants all that is used, as YAML."""
     return resources.files(__package__).joinpath("rbac.yaml").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def pinned(image: str) -> Pinned:
+    """The image by digest, as its registry has it; many submissions ask once."""
+    found: Pinned = _once(("image", image), lambda: images.pin(image))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- namespace

@@ -1,0 +1,260 @@
+"""Jobs that cannot run: said before anything exists where that can be known, else soon, in Kubernetes' own words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlflow
+import pytest
+from namespaces import REGISTRY, Namespace, until
+
+from mlflow_remote_backend.compute.kubernetes import objects
+from mlflow_remote_backend.submitted_run import RemoteExecutionException
+from mlflow_remote_backend.testing import Projects, artifact, ended, stored_log
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(300)]
+
+Document = dict[str, Any]
+
+
+def with_options(projects: Projects, **options: Any) -> Projects:
+    config = {**projects.backend_config, "kubernetes": {**projects.backend_config["kubernetes"], **options}}
+    return Projects(projects.folder, config)
+
+
+def runs() -> int:
+    import os
+
+    return len(mlflow.MlflowClient().search_runs([os.environ["MLFLOW_EXPERIMENT_ID"]]))
+
+
+# ---------------------------------------------------------------------------------- refused before anything exists
+
+
+def quota(**hard: str) -> Callable[[Namespace], Document]:
+    body = {"kind": "ResourceQuota", "metadata": {"name": "quota"}, "spec": {"hard": hard}}
+    return lambda namespace: namespace.make("resourcequotas", body)
+
+
+def limit_range(namespace: Namespace) -> None:
+    limits = [{"type": "Container", "max": {"memory": "10Mi"}}]
+    namespace.make("limitranges", {"kind": "LimitRange", "metadata": {"name": "l"}, "spec": {"limits": limits}})
+
+
+NEVER = [
+    # what is done to the namespace, options, in the message
+    (quota(pods="0"), {}, "exceeded quota"),
+    (quota(**{"requests.cpu": "1"}), {}, "must specify requests.cpu"),
+    (limit_range, {}, "maximum memory usage per Container"),
+    (lambda namespace: None, {"service_account": "absent"}, 'serviceaccount "absent" not found'),
+    (lambda namespace: None, {"security": "image"}, "violates PodSecurity"),
+    (lambda namespace: None, {"env_cache": {"host_path": "/var/cache"}, "pod_template": {"hostNetwork": True}}, ""),
+    (lambda namespace: None, {"priority_class": "absent"}, "absent"),
+    (lambda namespace: None, {"namespace": "absent-namespace"}, "absent-namespace"),
+    (lambda namespace: None, {"context": "absent-context"}, "absent-context"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "words"), NEVER, ids=lambda value: str(value)[:40])
+def test_what_can_never_run_is_refused_before_anything_exists(
+    projects: Projects, namespace: Namespace, change: Callable[[Namespace], Any], options: Document, words: str
+) -> None:
+    change(namespace)
+    until(
+        lambda: all(q.get("status", {}).get("hard") for q in namespace.list("resourcequotas")),
+        what="the quota is counted",
+    )
+    refused = with_options(projects, **options)
+    with pytest.raises(RemoteExecutionException) as caught:
+        refused.submit(refused.make("exit 0"))
+    assert words in str(caught.value)
+    assert runs() == 0
+    assert not namespace.ours("jobs")
+    assert not namespace.ours("secrets")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://localhost:5000",
+        "http://127.0.0.1:5000",
+        "http://[::1]:5000",
+        "sqlite:///mlflow.db",
+        "file:///tmp/mlruns",
+    ],
+)
+def test_a_tracking_server_that_no_pod_reaches_is_refused(projects: Projects, namespace: Namespace, uri: str) -> None:
+    with pytest.raises(RemoteExecutionException, match="tracking_uri"):
+        projects.submit(projects.make("exit 0"), tracking_uri=uri)
+    assert runs() == 0
+    assert not namespace.ours("jobs")
+
+
+def test_a_quota_that_is_used_up_only_now_is_waited_for(projects: Projects, namespace: Namespace) -> None:
+    quota(pods="1")(namespace)
+    first = projects.submit(projects.make("sleep 6"))
+    until(lambda: namespace.ours("pods"), what="the first pod")
+    second = projects.submit(projects.make("echo at last"))
+    status = until(lambda: (s := second._compute.status(second._handle)).diagnosis and s, what="a diagnosis")
+    assert status.diagnosis.reason.value == "QUOTA"
+    assert "exceeded quota" in status.diagnosis.words
+    assert ended(first).status == "FINISHED"
+    namespace.delete("jobs", first._handle.url.split("/")[3].partition("?")[0], propagationPolicy="Background")
+    assert ended(second).status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------- only known afterwards
+
+
+def fails(projects: Projects, namespace: Namespace, reason: str, words: str, **config: Any) -> float:
+    """Submit and wait; how long it took until the run was failed for this reason."""
+    began = time.monotonic()
+    run = projects.submit(projects.make("echo never"), **config)
+    assert run.wait() is False
+    took_s = time.monotonic() - began
+    view = run.view()
+    assert (view.status, view.tag("reason")) == ("FAILED", reason), view.tag("message")
+    assert view.tag("finalized")
+    assert words in artifact(run.run_id, "logs/error.txt").decode()
+    until(lambda: not namespace.ours("jobs") and not namespace.ours("secrets"), what="nothing is left")
+    return took_s
+
+
+def test_an_image_that_does_not_exist_fails_after_a_short_grace(projects: Projects, namespace: Namespace) -> None:
+    absent = with_options(projects, image=f"{REGISTRY}/absent:1")
+    assert fails(absent, namespace, "IMAGE_PULL", "not found") > 25
+
+
+def test_an_image_that_must_be_there_and_is_not_fails_at_once(projects: Projects, namespace: Namespace) -> None:
+    never = {"containers": [{"name": "main", "image": "absent:1", "imagePullPolicy": "Never"}]}
+    options = dict(projects.backend_config["kubernetes"])
+    options.pop("image_pull_policy")
+    absent = Projects(projects.folder, {**projects.backend_config, "kubernetes": {**options, "pod_template": never}})
+    fails(absent, namespace, "IMAGE_PULL", "Never")
+
+
+def test_a_registry_that_is_away_is_waited_for(projects: Projects, namespace: Namespace) -> None:
+    away = with_options(projects, image="127.0.0.1:5998/image:1")
+    assert fails(away, namespace, "IMAGE_PULL", "connection refused", image_pull_timeout="35s") > 30
+
+
+@pytest.fixture(scope="session")
+def shell_less_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image with one file that is no program."""
+    docker = pytest.importorskip("docker")
+    folder = tmp_path_factory.mktemp("shell-less")
+    (folder / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+    name = f"{REGISTRY}/shell-less:1"
+    try:
+        client = docker.from_env()
+        client.images.build(path=str(folder), tag=name, rm=True)
+        client.images.push(name)
+    except docker.errors.DockerException as error:
+        pytest.skip(f"no Docker engine to make the image: {error}")
+    return name
+
+
+def test_an_image_without_a_shell_is_told_as_such(
+    projects: Projects, namespace: Namespace, shell_less_image: str
+) -> None:
+    fails(with_options(projects, image=shell_less_image), namespace, "CONTAINER_CONFIG", "/bin/sh")
+
+
+def test_a_job_that_no_node_takes_fails_when_patience_ends(projects: Projects, namespace: Namespace) -> None:
+    nowhere = with_options(projects, node_selector={"absent": "true"})
+    took_s = fails(nowhere, namespace, "UNSCHEDULABLE", "node affinity/selector", start_timeout="8s")
+    assert took_s > 7
+
+
+def test_a_missing_key_of_a_secret_is_told(projects: Projects, namespace: Namespace) -> None:
+    fails(
+        projects,
+        namespace,
+        "CONTAINER_CONFIG",
+        'secret "absent" not found',
+        secrets={"TOKEN": {"name": "absent", "key": "k"}},
+    )
+
+
+def test_a_pod_refused_after_submission_is_told(projects: Projects, namespace: Namespace) -> None:
+    """The Job is accepted and nothing happens: admission changed between the dry run and the pod."""
+    queued = with_options(projects, queue="team")
+    run = queued.submit(queued.make("exit 0"))
+    limit_range(namespace)
+    namespace.patch("jobs", objects.name(namespace.job(run.run_id)), {"spec": {"suspend": False}})
+    assert run.wait() is False
+    view = run.view()
+    assert (view.status, view.tag("reason")) == ("FAILED", "REFUSED")
+    assert "maximum memory usage per Container" in artifact(run.run_id, "logs/error.txt").decode()
+
+
+def test_a_queued_job_waits_without_complaint(projects: Projects, namespace: Namespace) -> None:
+    queued = with_options(projects, queue="team")
+    run = queued.submit(queued.make("echo admitted"))
+    status = run._compute.status(run._handle)
+    assert (status.phase.value, status.diagnosis) == ("queued", None)
+    assert "team" in status.detail
+    assert not namespace.ours("pods")
+    namespace.patch("jobs", objects.name(namespace.job(run.run_id)), {"spec": {"suspend": False}})
+    assert ended(run).status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------------- while it runs
+
+
+def running(projects: Projects, namespace: Namespace, script: str, **config: Any) -> Any:
+    run = projects.submit(projects.make(f"echo started; {script}"), **config)
+    until(lambda: "started" in list(run.logs()), what="the program runs")
+    return run
+
+
+def test_a_program_that_overdoes_its_memory_is_told_so(projects: Projects) -> None:
+    view = projects.run("echo before; exec tail /dev/zero", resources={"memory": "64Mi"})
+    assert (view.status, view.tag("reason")) == ("FAILED", "OOM")
+    assert stored_log(view.run_id).startswith(b"before\n")
+
+
+def test_a_main_container_that_is_killed_as_a_whole_is_finalised_by_the_sidecar(
+    projects: Projects, namespace: Namespace
+) -> None:
+    """As an out-of-memory kill does on cgroup v2: every process at once, execute included, and nobody watches."""
+    run = projects.submit(projects.make("echo before; sleep 1; kill -9 -1 1; sleep 1; kill -9 $PPID; sleep 60"))
+    view = until(lambda: (v := run._tracking.view(run.run_id)).ended and v, 60, "finalised with nobody watching")
+    assert view.status == "FAILED"
+    assert stored_log(run.run_id) == b"before\n"
+
+
+@pytest.mark.parametrize("how", ["pod", "job", "orphan"])
+def test_somebody_who_deletes_it_is_told_of(projects: Projects, namespace: Namespace, how: str) -> None:
+    run = running(projects, namespace, "trap 'echo saving; exit 0' TERM; while :; do sleep 0.1; done")
+    job = objects.name(namespace.job(run.run_id))
+    if how == "pod":
+        namespace.delete("pods", objects.name(namespace.pod(run.run_id)))
+    else:
+        namespace.delete("jobs", job, propagationPolicy="Orphan" if how == "orphan" else "Background")
+    if how == "orphan":
+        assert not run._compute.status(run._handle).gone
+        namespace.delete("pods", objects.name(namespace.pod(run.run_id)))
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("FAILED", "TERMINATED")
+    assert stored_log(run.run_id) == b"started\nsaving\n"
+
+
+def test_a_pod_deleted_by_force_is_found_out(projects: Projects, namespace: Namespace) -> None:
+    run = running(projects, namespace, "while :; do sleep 0.1; done")
+    namespace.delete("pods", objects.name(namespace.pod(run.run_id)), gracePeriodSeconds=0)
+    view = ended(run)
+    assert view.status == "FAILED"
+    assert "started" in list(run.logs())
+
+
+def test_an_evicted_pod_is_not_blamed_on_the_program(projects: Projects, namespace: Namespace) -> None:
+    run = running(projects, namespace, "while :; do sleep 0.1; done")
+    pod = objects.name(namespace.pod(run.run_id))
+    body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": namespace.name}}
+    namespace.api.create(f"{namespace.path('pods', pod)}/eviction", body)
+    view = ended(run)
+    assert view.status == "FAILED"
+    assert view.tag("reason") in ("TERMINATED", "EVICTED")
