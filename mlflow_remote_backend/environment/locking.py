@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -87,7 +88,9 @@ def spec_key(spec: EnvSpec, platform: str, index_lines: Sequence[str], committed
     )
 
 
+@functools.cache
 def _version(distribution: str) -> str:
+    """A tool's version; milliseconds to read, and the same for as long as this process lives."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
