@@ -45,7 +45,7 @@ def run(project: Path, number: int) -> list[str]:
         wrong.append(f"run {number} is {view.status}, {view.tag('reason')}: {view.tag('message')}")
     try:
         log = stored_log(view.run_id)
-    except Exception as error:  # the table shall be printed whatever is missing
+    except Exception as error:  # noqa: BLE001 - the table shall be printed whatever is missing
         wrong.append(f"the log of run {number} cannot be read: {error}")
     else:
         if log != f"run {number}\n".encode():

@@ -68,7 +68,7 @@ def is_alive(pid):
 # -- the submitter dies ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "points"), [("fork", 20), ("spawn", 4)])
+@pytest.mark.parametrize(("how", "points"), [("fork", 14), ("spawn", 3)])
 def test_a_submitter_killed_at_any_line_leaves_a_run_that_ends_right_or_none(
     how, points, sqlite_tracking, make_project, home, tmp_path, monkeypatch
 ):
