@@ -229,7 +229,7 @@ def _attach(arguments: argparse.Namespace) -> int:
     run = _run(arguments)
     view = run.follow(sys.stdout)
     stderr_line(_line(view))
-    if view.status == "KILLED":
+    if run.cancelled_here:
         return INTERRUPTED
     return OK if view.status == "FINISHED" else FAILED
 
