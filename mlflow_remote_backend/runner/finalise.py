@@ -154,6 +154,14 @@ def _cancel_tagged(record: RunRecord) -> bool:
         return False
 
 
+def _with_disk_troubles(action: Callable[[], T]) -> T:
+    """A full disk passes, as an outage does."""
+    try:
+        return action()
+    except OSError as error:
+        raise RecordError("This machine's disk failed.", Trouble.AWAY, str(error)) from error
+
+
 class _End:
     """The steps of the end. What cannot be done now is pending, what can never be done is lost; the rest is done."""
 
@@ -195,7 +203,7 @@ class _End:
         if self._gave_up is not None and time.monotonic() >= self._until:
             raise self._gave_up
         try:
-            return persist(action, self._until)
+            return persist(lambda: _with_disk_troubles(action), self._until)
         except RecordError as error:
             if error.transient:
                 self._gave_up = error

@@ -191,7 +191,7 @@ class Uploads:
     def _others_work(self) -> bool:
         try:
             self._probe()
-        except RecordError:
+        except (RecordError, OSError):
             return False
         return True
 

@@ -13,10 +13,13 @@ same for whoever goes on after this process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ INDEX_EVERY_S = 2.0  # while parts close one after the other
 SMALLEST_LIMIT_BYTES = 64 * 1024  # a server that refuses even that as too large is not worth smaller pieces
 KEEP_BYTES = 64 * 1024 * 1024  # of the stored log stays in the spool for those who follow it there
 LITTLE_DISK_BYTES = 256 * 1024 * 1024  # with less free space nothing stored is kept
+SCRATCH = "upload-"
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class LogUploader:
         self._clock = clock
         self._state = spool.path / "uploaded.json"
         self._parts: list[Part] = []
+        self._foreign = 0  # so many of them, the first ones, are of earlier attempts
         self._ready = False
         self._indexed: list[Part] | None = None  # what the run's index holds, as far as we wrote it
         self._index_due = 0.0
@@ -103,14 +108,15 @@ class LogUploader:
 
     @property
     def stored(self) -> int:
-        own = [part for part in self._parts if part.attempt == self._attempt]
+        own = self._parts[self._foreign :]
         return own[-1].end if own else 0
 
     def step(self, *, final: bool = False) -> None:
-        """Upload what is due; ``final``: everything. Raises RecordError; a later call goes on from there."""
+        """Upload what is due; ``final``: everything. Raises RecordError, OSError; a later call goes on from there."""
         self._begin()
         while self._close_one(final):
             self._write_index_if_due()
+            self._drop()
         now = self._clock()
         if self._waiting_since is not None and now - self._waiting_since >= OPEN_EVERY_S:
             start = self._open_offset()
@@ -120,23 +126,37 @@ class LogUploader:
         self._drop()
 
     def _begin(self) -> None:
-        """Know what is stored already: from this spool's state, or what earlier attempts left in the run."""
+        """Know what is stored already: from this spool's state, or from what the run's index says."""
         if self._ready:
             return
         state = read_json(self._state)
         if state is not None:
-            self._parts = load_index(state)
-        elif self._attempt > 0:
-            self._parts = [dataclasses.replace(p, closed=True) for p in load_index(self._record.download(INDEX))]
+            self._parts, self._foreign = load_index(state), int(state.get("foreign", 0))
+        else:
+            parts = load_index(self._record.download(INDEX))
+            own = [part for part in parts if self._is_own(part)]
+            self._foreign = len(parts) - len(own)
+            foreign = [dataclasses.replace(part, closed=True) for part in parts if part not in own]
+            self._parts = [*foreign, *own]
         self._ready = True
+
+    def _is_own(self, part: Part) -> bool:
+        """Whether a part that the index has is of this very spool, whose state was lost: the bytes tell."""
+        return part.attempt == self._attempt and part.sha256 == self._digest(part.offset, part.length)
+
+    def _digest(self, offset: int, length: int) -> str:
+        digest = hashlib.sha256()
+        for piece in self._spool.log.chunks(offset, offset + length):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def _open_part(self) -> Part | None:
         last = self._parts[-1] if self._parts else None
-        return last if last is not None and not last.closed and last.attempt == self._attempt else None
+        return last if last is not None and not last.closed else None
 
     def _open_offset(self) -> int:
         part = self._open_part()
-        return part.offset if part else self.stored
+        return part.offset if part else max(self.stored, self._spool.log.start())
 
     def _close_one(self, final: bool) -> bool:
         """Store and close the open part if it is time. True if it did."""
@@ -178,23 +198,36 @@ class LogUploader:
         self._save()
 
     def _upload(self, path: str, offset: int, length: int) -> str:
-        scratch = self._spool.path / "upload"
-        scratch.mkdir(exist_ok=True)
-        copy = scratch / Path(path).name
-        digest = hashlib.sha256()
-        try:
-            with open(copy, "wb") as file:
-                for piece in self._spool.log.chunks(offset, offset + length):
-                    digest.update(piece)
-                    file.write(piece)
+        with contextlib.ExitStack() as scratch:
+            copy = self._copied(scratch, Path(path).name, offset, length)
             self._record.upload_file(copy, FOLDER)
-            self.sent_bytes += length
-        finally:
-            copy.unlink(missing_ok=True)
-        return digest.hexdigest()
+        self.sent_bytes += length
+        return self._digest(offset, length)
+
+    def _copied(self, scratch: contextlib.ExitStack, name: str, offset: int, length: int) -> Path:
+        """A file of that name with these bytes of the log. On another disk where the spool's is full: only what is
+        stored can be dropped from there."""
+        for place in (self._spool.path, None, "/dev/shm"):
+            try:
+                folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place))
+                self._copy(offset, length, Path(folder, name))
+                return Path(folder, name)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
+                    raise
+        raise OSError(errno.ENOSPC, "No disk has room for a part of the log", name)
+
+    def _copy(self, offset: int, length: int, target: Path) -> None:
+        with open(target, "wb") as file:
+            for piece in self._spool.log.chunks(offset, offset + length):
+                file.write(piece)
+            if file.tell() != length:
+                raise OSError(errno.EIO, "The spool does not hold what it should", str(target))
 
     def _save(self) -> None:
-        write_json(self._state, json.loads(dump_index(self._parts)))
+        document = {**json.loads(dump_index(self._parts)), "foreign": self._foreign}
+        with contextlib.suppress(OSError):  # a full disk: whoever goes on without it finds the same in the run's index
+            write_json(self._state, document)
 
     def _write_index_if_due(self, now_or_never: bool = False) -> None:
         due = now_or_never or (self._parts and self._clock() >= self._index_due)

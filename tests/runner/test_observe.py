@@ -302,7 +302,7 @@ def test_a_run_that_is_deleted_takes_its_program_with_it(
     outcome = observed.ended()
     assert outcome.gone
     assert not outcome.finalized
-    assert observed.execution.process.poll() is not None
+    assert observed.execution.wait().stopped_by == "cancel"
 
 
 def test_a_run_that_somebody_ended_stops_its_program(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -229,6 +230,40 @@ def test_a_process_that_died_between_upload_and_note_uploads_it_again(bench: Ben
     bench.step(final=True)
     assert bench.stored() == bench.written
     assert [part.path for part in bench.index()] == ["logs/std_log.txt"]
+
+
+def test_a_second_pod_of_the_same_attempt_overwrites_nothing(bench: Bench) -> None:
+    bench.write(b"of the first pod")
+    bench.step(final=True)
+    other = Bench(bench.folder / "other", bench.run)
+    other.write(b"of the second pod")
+    other.step(final=True)
+    assert RunRecord(bench.run).download("logs/std_log.txt") == b"of the first pod"
+    assert RunRecord(bench.run).download("logs/std_log.000001.txt") == b"of the second pod"
+    assert [part.path for part in bench.index()] == ["logs/std_log.txt", "logs/std_log.000001.txt"]
+
+
+def test_with_a_full_spool_the_log_is_uploaded_over_another_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.write(2 * SEGMENT_BYTES)
+    copy = LogUploader._copy
+
+    def full(self: LogUploader, offset: int, length: int, target: Path) -> None:
+        if bench.spool.path in target.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(self, offset, length, target)
+
+    monkeypatch.setattr(LogUploader, "_copy", full)
+    bench.step(final=True)
+    assert bench.stored() == bench.written
+
+
+def test_bytes_that_are_gone_are_a_gap_and_no_lie(bench: Bench) -> None:
+    bench.write(SEGMENT_BYTES + 100)
+    (bench.spool.path / "log" / "000000").unlink()
+    bench.step(final=True)
+    (part,) = bench.index()
+    assert (part.offset, part.length) == (SEGMENT_BYTES, 100)
+    assert RunRecord(bench.run).download(part.path) == bench.written[SEGMENT_BYTES:]
 
 
 def test_the_next_attempt_continues_the_sequence(bench: Bench) -> None:
