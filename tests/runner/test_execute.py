@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,15 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from execution import PYTHON, Starter
 
+from mlflow_remote_backend.job import Reason
 from mlflow_remote_backend.runner import execute as execute_module
 from mlflow_remote_backend.runner.spool import SEGMENT_BYTES, Command, Spool, kill_orphans, secrets_script
+from mlflow_remote_backend.runner.verdict import classify
 
 # ------------------------------------------------------------------------------------------------------------- bytes
 
@@ -416,3 +420,40 @@ def test_the_command_holds_what_the_twins_need(tmp_path: Path) -> None:
     spool.write_command(command)
     assert spool.command() == command
     assert oct((tmp_path / "spool").stat().st_mode & 0o777) == "0o700"
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """A memory cgroup with a limit of 64 MiB, without swap where that can be said. Skips where none can be made."""
+    parent, version = execute_module.Memory._find()
+    folder = Path(parent, f"mlflow-remote-test-{os.getpid()}")
+    try:
+        folder.mkdir()
+        (folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).write_text(str(64 << 20))
+    except OSError as error:
+        if folder.exists():
+            folder.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    with contextlib.suppress(OSError):
+        swap, limit = ("memory.swap.max", "0") if version == 2 else ("memory.memsw.limit_in_bytes", str(64 << 20))
+        (folder / swap).write_text(limit)
+    yield folder
+    deadline = time.monotonic() + 10
+    while (folder / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    folder.rmdir()
+
+
+def test_a_program_over_the_memory_limit_is_known_as_such(execute_py: Starter, memory_cgroup: Path) -> None:
+    procs = memory_cgroup / "cgroup.procs"
+    execution = execute_py(
+        argv=(sys.executable, "-c", "x = bytearray(300 << 20)"),
+        popen={"preexec_fn": lambda: procs.write_text(str(os.getpid()))},
+    )
+    ended = execution.wait()
+    assert (ended.exit_code, ended.signal) == (137, signal.SIGKILL)
+    assert ended.oom_kills == 1
+    assert ended.memory_limit_bytes == 64 << 20
+    verdict = classify(ended, None, None, cancel_requested=False)
+    assert verdict.reason is Reason.OOM
+    assert "64 MiB" in verdict.message
