@@ -1,22 +1,29 @@
 """From a changed line of code to the first line of the program's log, in a container.
 
-    python benchmarks/docker.py [--rounds 5] [--image local/python:3.11]
+    python benchmarks/docker.py [--rounds 5] [--image local/python:3.11] [--sqlite]
 
 Counted from the end of importing MLflow, which all but the bare `docker run` do. Every round changes a file of the
 project. "MLflow" is its own local backend with docker_env and --build-image, which bakes the code into an image. The
 bars: at most 0.5 times MLflow, and at most 1.5 s more than a bare `docker run` of the same command.
+
+Runs are tracked by a server on this machine; with --sqlite by a database file, whose opening costs MLflow's client more
+than a second in both cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FIRST = "the first line"
@@ -43,9 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--image", default="local/python:3.11")
+    parser.add_argument("--sqlite", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mlflow-remote-benchmark-") as name:
+    with tempfile.TemporaryDirectory(prefix="mlflow-remote-benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
+        os.environ["XDG_STATE_HOME"] = str(folder / "state")
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        if not options.sqlite:
+            os.environ["MLFLOW_TRACKING_URI"] = stack.enter_context(server(folder))
         project = make_project(folder, options.image)
         spent: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
         for number in range(options.rounds + 1):
@@ -56,6 +68,26 @@ def main() -> None:
                     spent[case].append(seconds)
     report(spent)
     remove_images()
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 def make_project(folder: Path, image: str) -> Path:
@@ -77,13 +109,9 @@ def one_run(folder: Path, project: Path, case: str, image: str) -> tuple[float, 
 
 
 def timed(command: Sequence[str], folder: Path, *, since: str) -> tuple[float, float]:
-    own = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "XDG_STATE_HOME": str(folder / "state")}
-    environ = {**os.environ, **own}
     start = time.perf_counter()
     first = 0.0
-    process = subprocess.Popen(
-        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = []
     for line in process.stdout:
@@ -98,13 +126,17 @@ def timed(command: Sequence[str], folder: Path, *, since: str) -> tuple[float, f
 
 
 def report(spent: dict[str, list[tuple[float, float]]]) -> None:
+    """Medians, and the best of all rounds: what is left of the figures on a busy machine."""
+    print(f"{'seconds':<28} {'first line':>10} {'(best)':>7} {'all':>7}")
+    best = {case: min(each[0] for each in seconds) for case, seconds in spent.items()}
     first = {case: statistics.median(each[0] for each in seconds) for case, seconds in spent.items()}
-    whole = {case: statistics.median(each[1] for each in seconds) for case, seconds in spent.items()}
-    print(f"{'median seconds':<28} {'first line':>10} {'all':>7}")
-    for case in CASES:
-        print(f"{case:<28} {first[case]:>10.2f} {whole[case]:>7.2f}")
-    print(f"{'ours against MLflow':<28} {first['ours'] / first['MLflow']:>10.2f} {'bar 0.5':>15}")
-    print(f"{'ours beyond docker run, s':<28} {first['ours'] - first['docker run']:>10.2f} {'bar 1.5':>15}")
+    for case, seconds in spent.items():
+        whole = statistics.median(each[1] for each in seconds)
+        print(f"{case:<28} {first[case]:>10.2f} {best[case]:>7.2f} {whole:>7.2f}")
+    ratio, best_ratio = first["ours"] / first["MLflow"], best["ours"] / best["MLflow"]
+    more, best_more = first["ours"] - first["docker run"], best["ours"] - best["docker run"]
+    print(f"{'ours against MLflow':<28} {ratio:>10.2f} {best_ratio:>7.2f}   bar 0.5")
+    print(f"{'ours beyond docker run, s':<28} {more:>10.2f} {best_more:>7.2f}   bar 1.5")
 
 
 def remove_images() -> None:

@@ -144,6 +144,7 @@ class Job:
         while running.alive():
             assert time.monotonic() < deadline, self.log()[-2000:]
             time.sleep(0.01)
+        running.collect()  # as the supervisor: before the upload, and at the very end
         running.collect()
         record = Spool(self.folder.spool).exit()
         assert record is not None

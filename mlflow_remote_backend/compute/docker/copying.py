@@ -34,13 +34,27 @@ class Item:
 
 
 def pack(items: Iterable[Item], owner: tuple[int, int]) -> Iterator[bytes]:
-    """A tar archive of the items, folders with all that is in them. ``owner``: uid and gid of everything."""
+    """A tar archive of the items, folders with all that is in them. ``owner``: uid and gid of everything.
+
+    Comes in pieces of some size: each is a call to the network.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    for piece in _pack(items, owner):
+        pieces.append(piece)
+        size += len(piece)
+        if size >= _CHUNK_BYTES:
+            yield b"".join(pieces)
+            pieces, size = [], 0
+    yield b"".join([*pieces, _END])
+
+
+def _pack(items: Iterable[Item], owner: tuple[int, int]) -> Iterator[bytes]:
     for item in items:
         if isinstance(item.source, Path):
             yield from _pack_tree(item.path, item.source, owner)
         else:
             yield from _member(item.path, item.source, item.mode, owner)
-    yield _END
 
 
 def _pack_tree(path: str, source: Path, owner: tuple[int, int]) -> Iterator[bytes]:

@@ -60,6 +60,8 @@ class ContainerRun:
         self._ended = threading.Event()
         self._stop_by: float | None = None
         self._said = ""
+        self._collected = False
+        self._nothing_left = False
         self._watcher = threading.Thread(target=self._watch, name="container", daemon=True)
         self._watcher.start()
 
@@ -75,8 +77,19 @@ class ContainerRun:
             threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
     def collect(self) -> None:
+        """Called first when what the program left is to be uploaded: it is here then, and its container is on its way
+        out. Called again at the very end: then it is gone."""
+        self._ended.wait()
+        if not self._collected:
+            self._collected = True
+            return
         self._watcher.join()
+        if not self._nothing_left:
+            self._remove()
+
+    def _remove(self) -> None:
         remove(self._engine, self._name)
+        self._nothing_left = True
 
     # -- stopping
 
@@ -187,8 +200,9 @@ class ContainerRun:
         else:
             own = "" if found is None else self._ask(lambda: self._engine.words_of(self._container))
             self._record(diagnosis.of_ended(self._name, found, own, self._spec.resources.memory_bytes))
+        self._ended.set()
         with contextlib.suppress(ComputeError):  # collect tries again
-            remove(self._engine, self._name)
+            self._remove()
 
     def _bring_outputs(self) -> str:
         """Copy the output folders here. Returns why that is impossible, if it stays so for ``finalize_timeout``."""
