@@ -125,7 +125,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since setuptools leaves its ``build`` folder in the sources and reads it the next time."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.cfg", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     options = ["--quiet", "--use-pep517", "--no-deps", "--wheel-dir", str(source)]
     command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
