@@ -16,11 +16,10 @@ import struct
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from namespaces import REGISTRY, Document, Namespace, until
+from namespaces import REGISTRY, Document, Namespace, Tracking, until
 from tracking_server import TrackingServer, running_server
 
 from mlflow_remote_backend.compute.kubernetes import objects
@@ -130,15 +129,6 @@ def own_addresses() -> list[str]:
                 raw = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
                 found.append(socket.inet_ntoa(raw[20:24]))
     return [each for each in found if not each.startswith("127.")]
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """``uri``: as this process reaches the server; ``from_pods``: as a pod does."""
-
-    uri: str
-    from_pods: str
-    server: TrackingServer
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from tracking_server import TrackingServer
 
 from mlflow_remote_backend.compute.kubernetes import names, objects
 from mlflow_remote_backend.compute.kubernetes.api import Api, ApiError
@@ -27,6 +28,15 @@ def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "") -
             pytest.fail(f"not within {timeout_s} s: {what or condition}")
         time.sleep(0.1)
     return value
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """``uri``: as this process reaches the server; ``from_pods``: as a pod does."""
+
+    uri: str
+    from_pods: str
+    server: TrackingServer
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Namespace, until
+from namespaces import Namespace, until
 
 from mlflow_remote_backend.compute.kubernetes import objects
 from mlflow_remote_backend.submitted_run import attach

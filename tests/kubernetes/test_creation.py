@@ -13,8 +13,8 @@ from typing import Any
 import faultproxy
 import mlflow
 import pytest
-from conftest import Namespace, until
 from faultproxy import FaultProxy
+from namespaces import Namespace, until
 
 from mlflow_remote_backend.compute.kubernetes import names, objects
 from mlflow_remote_backend.submitted_run import RemoteExecutionException, attach

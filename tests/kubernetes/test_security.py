@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REGISTRY, Namespace, Tracking, until
+from namespaces import REGISTRY, Namespace, Tracking, until
 
 from mlflow_remote_backend.compute.kubernetes import objects, preflight
 from mlflow_remote_backend.submitted_run import RemoteExecutionException

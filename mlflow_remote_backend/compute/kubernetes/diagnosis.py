@@ -181,8 +181,8 @@ def _progress(pod: Raw) -> tuple[Phase, str]:
     if not (pod.get("spec") or {}).get("nodeName"):
         gated = (objects.condition(pod, "PodScheduled") or {}).get("reason") == "SchedulingGated"
         return Phase.QUEUED, "held back by a scheduling gate" if gated else "waiting for a node"
-    if prepare.state == "terminated":
-        return Phase.STARTING, "starting the program's container"
+    if prepare.state == "terminated":  # a job only moves forward
+        return Phase.PREPARING, "starting the program's container"
     pulling = next((each.image for each in (observe, prepare) if each.state == "waiting" and each.image), "")
     return Phase.STARTING, f"starting the pod, image {pulling}" if pulling else "starting the pod"
 

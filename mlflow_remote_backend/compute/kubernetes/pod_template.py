@@ -80,7 +80,9 @@ def _understand(document: Mapping[str, Any]) -> PodTemplate:
         pod = document.get("template") or {}
     elif kind not in (None, "Pod"):
         raise _wrong(f"it is a {kind}; expected a Job, a Pod or a PodTemplate")
-    if "spec" not in pod and "containers" in pod:
+    if not isinstance(pod, Mapping):
+        raise _wrong("its template is not a mapping")
+    if not pod.keys() & {"spec", "metadata"}:
         pod = {"spec": pod}
     template = PodTemplate(pod.get("metadata") or {}, pod.get("spec") or {}, job)
     _check(template)
