@@ -153,15 +153,14 @@ def memory_bytes(pid: int) -> int:
 OBSERVER = """
 import sys
 from pathlib import Path
-from mlflow_remote_backend.runner import envelope, observe, parts
+from mlflow_remote_backend.runner import envelope, observe
 from mlflow_remote_backend.runner.record import RunRecord
 sent = 0
-
 class Counting(RunRecord):
-    def upload_file(self, path, folder):
+    def upload_file(self, path, folder, name=""):
         global sent
         sent += path.stat().st_size
-        super().upload_file(path, folder)
+        super().upload_file(path, folder, name)
 spec = envelope.load(Path(sys.argv[1]).read_bytes())
 with open(sys.argv[3], "wb") as frames:
     outcome = observe.observe(spec, Path(sys.argv[2]), Counting(spec.run), frames_to=frames)
@@ -282,6 +281,43 @@ def latency_s(where: Store, folder: Path, lines: int) -> list[float]:
     return sorted(seen)
 
 
+Row = tuple[str, str, str]
+
+
+def throughput(where: Store, folder: Path, count: int, rate: int) -> Iterator[Row]:
+    """Speed at that rate and at full speed, and observe's memory meanwhile."""
+    idle = idle_memory_bytes(where)
+    plain = write_to_file(fresh(folder, "paced-file"), count, rate)
+    paced = write_to_job(where, fresh(folder, "paced"), count, rate)
+    yield f"{count} lines at {rate}/s: speed kept", f"{plain / paced.wrote_s:.2f}", ">= 0.80"
+    plain = write_to_file(fresh(folder, "fast-file"), count, 0)
+    fast = write_to_job(where, fresh(folder, "fast"), count, 0)
+    speed = f"{count / plain / 1000:.0f} k lines/s to a file"
+    yield f"as fast as possible ({speed}): speed kept", f"{plain / fast.wrote_s:.2f}", ""
+    over = max(paced.memory_peak_bytes, fast.memory_peak_bytes) - idle
+    yield "observe's memory over an idle process, peak", f"{over / MIB:.1f} MiB", "<= 32"
+    yield "the same at the end", f"{(paced.memory_end_bytes - idle) / MIB:.1f} MiB", "flat"
+
+
+def upload(where: Store, folder: Path, size_bytes: int) -> Iterator[Row]:
+    """Bytes uploaded for a large log."""
+    big = write_to_job(where, fresh(folder, "big"), size_bytes // LINE_BYTES, 0)
+    ratio = big.sent_bytes / big.log_bytes
+    yield f"uploaded against a log of {big.log_bytes / MIB:.0f} MiB", f"{ratio:.3f}", "<= 1.1"
+
+
+def latency(where: Store, folder: Path) -> Iterator[Row]:
+    """From line to frame."""
+    waits = latency_s(where, fresh(folder, "latency"), 200)
+    yield "line to frame, median", f"{statistics.median(waits) * 1000:.0f} ms", "<= 200"
+    yield "line to frame, 99th percentile", f"{waits[int(len(waits) * 0.99)] * 1000:.0f} ms", "<= 1000"
+
+
+def fresh(folder: Path, job: str) -> Path:
+    (folder / job).mkdir()
+    return folder / job
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=30)
@@ -289,40 +325,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--store", choices=("sqlite", "server"), default="sqlite")
     options = parser.parse_args()
-    count = options.seconds * options.rate
-    rows: list[tuple[str, str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="mlflow-remote-benchmark-") as name, store(
-        options.store, Path(name)
-    ) as where:
-
-        def fresh(job: str) -> Path:
-            folder = Path(name, job)
-            folder.mkdir()
-            return folder
-
-        idle = idle_memory_bytes(where)
-        plain = write_to_file(fresh("paced-file"), count, options.rate)
-        paced = write_to_job(where, fresh("paced"), count, options.rate)
-        rows.append((f"{count} lines at {options.rate}/s: speed kept", f"{plain / paced.wrote_s:.2f}", ">= 0.80"))
-        plain = write_to_file(fresh("fast-file"), count, 0)
-        fast = write_to_job(where, fresh("fast"), count, 0)
-        rows.append(
-            (
-                f"as fast as possible ({count / plain / 1000:.0f} k lines/s to a file): speed kept",
-                f"{plain / fast.wrote_s:.2f}",
-                "",
-            )
-        )
-        over = max(paced.memory_peak_bytes, fast.memory_peak_bytes) - idle
-        rows.append(("observe's memory over an idle process, peak", f"{over / MIB:.1f} MiB", "<= 32"))
-        rows.append(("the same at the end", f"{(paced.memory_end_bytes - idle) / MIB:.1f} MiB", "flat"))
-        big = write_to_job(where, fresh("big"), options.megabytes * MIB // LINE_BYTES, 0)
-        rows.append(
-            (f"uploaded against a log of {big.log_bytes / MIB:.0f} MiB", f"{big.sent_bytes / big.log_bytes:.3f}", "<= 1.1")
-        )
-        waits = latency_s(where, fresh("latency"), 200)
-        rows.append(("line to frame, median", f"{statistics.median(waits) * 1000:.0f} ms", "<= 200"))
-        rows.append(("line to frame, 99th percentile", f"{waits[int(len(waits) * 0.99)] * 1000:.0f} ms", "<= 1000"))
+    with tempfile.TemporaryDirectory(prefix="mlflow-remote-benchmark-") as name, store(options.store, Path(name)) as to:
+        rows = [
+            *throughput(to, Path(name), options.seconds * options.rate, options.rate),
+            *upload(to, Path(name), options.megabytes * MIB),
+            *latency(to, Path(name)),
+        ]
     width = max(len(row[0]) for row in rows)
     print(f"{'':{width}}  {'measured':>10}  bar      ({options.store} store, {os.cpu_count()} cores)")
     for what, figure, bar in rows:

@@ -324,9 +324,10 @@ def cut(text: str, max_chars: int) -> str:
 
 # ------------------------------------------------------------------------------------------------- MLflow's settings
 
-_limits_lock = threading.Lock()
-_limits_in_use: list[int] = []
-_limits_before: dict[str, str | None] = {}
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_settings_lock = threading.Lock()
+_timeouts_in_use: list[int] = []
+_settings_before: dict[str, str | None] = {}
 
 
 @contextlib.contextmanager
@@ -335,24 +336,31 @@ def _bounded_calls(timeout_s: int) -> Iterator[None]:
 
     Ours stand there only while a call of ours runs; where several run, the longest timeout counts for all.
     """
-    with _limits_lock:
-        if not _limits_in_use:
-            for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-                _limits_before[name] = os.environ.get(name)
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(CALL_RETRIES)
-        _limits_in_use.append(timeout_s)
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(_limits_in_use))
+    with _settings_lock:
+        if not _timeouts_in_use:
+            ours = {
+                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(CALL_RETRIES),
+                "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            }
+            _settings_before.update({name: os.environ.get(name) for name in (*ours, _TIMEOUT)})
+            os.environ.update(ours)
+        _timeouts_in_use.append(timeout_s)
+        os.environ[_TIMEOUT] = str(max(_timeouts_in_use))
     try:
         yield
     finally:
-        with _limits_lock:
-            _limits_in_use.remove(timeout_s)
-            if not _limits_in_use:
-                for name, before in _limits_before.items():
-                    if before is None:
-                        os.environ.pop(name, None)
-                    else:
-                        os.environ[name] = before
+        with _settings_lock:
+            _timeouts_in_use.remove(timeout_s)
+            if not _timeouts_in_use:
+                _restore(_settings_before)
+
+
+def _restore(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 # -------------------------------------------------------------------------------------------------------------- forks
