@@ -109,7 +109,7 @@ received() { # NUMBER NAME
 }
 
 stop() { # WHY: SIGTERM once; the watcher sends SIGKILL after the grace period
-    [ -z "$stopped_by" ] || return 0
+    [ -z "$stopped_by$ended" ] || return 0
     stopped_by=$1
     echo $(($(uptime_s) + grace_period_s)) > "$spool/.grace_ends"
     kill_program TERM
@@ -191,7 +191,7 @@ fi
 [ -z "$env_stdin" ] || eval "$(cat)"
 token=$(cat /proc/sys/kernel/random/uuid 2>/dev/null || echo "$$-$(now)")
 
-stopped_by='' watcher='' reader='' memory_peak_bytes=''
+stopped_by='' ended='' watcher='' reader='' memory_peak_bytes=''
 started_at=$(now) started_up=$(uptime_s)
 ended_at=$started_at ended_up=$started_up
 memory
@@ -231,7 +231,7 @@ while :; do # a trap interrupts wait; only a program that was waited for is no p
     code=$?
     kill -0 "$program" 2>/dev/null || break
 done
-ended_at=$(now) ended_up=$(uptime_s)
+ended=1 ended_at=$(now) ended_up=$(uptime_s)
 
 # What the program left behind may write for 5 s more, or for the rest of a grace period.
 left_s=5

@@ -253,13 +253,14 @@ _BY_MLFLOW_CODE = {
     "BAD_REQUEST": Trouble.REFUSED,
 }
 _REFUSED_BY_FILE_SYSTEM = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST})
+_NOT_ACTIVE = re.compile(r"must be in (?:the )?'active'")  # a deleted run: in a database's words, and in a folder's
 _STATUS_IN_TEXT = re.compile(r"failed with error code (\d{3})\b|\b(\d{3}) (?:Client|Server) Error\b")
 
 
 def trouble_of(error: BaseException) -> Trouble:
     """What kind of trouble an exception of MLflow or of a library below it means. Unknown ones are taken to pass."""
     for each in _chain(error):
-        if "must be in the 'active' state" in str(each):
+        if _NOT_ACTIVE.search(str(each)):
             return Trouble.GONE
         if isinstance(each, OSError) and each.errno in _REFUSED_BY_FILE_SYSTEM:
             return Trouble.REFUSED

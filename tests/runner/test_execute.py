@@ -223,6 +223,13 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_run(execute: Starter
     assert (ended.exit_code, log) == (0, b"started\nlate\n")
 
 
+def test_a_timeout_after_the_end_is_too_late_to_count(execute: Starter) -> None:
+    execution = execute("sleep 3600 & echo started; exit 3", timeout_s=1)
+    execution.until_log_has(b"started")
+    ended = execution.wait()
+    assert (ended.exit_code, ended.stopped_by, ended.timed_out) == (3, None, False)
+
+
 def test_a_silent_grandchild_is_ended_too(execute: Starter) -> None:
     ended, _ = execute.run("sleep 3600 >/dev/null 2>&1 & exit 0")
     assert ended.exit_code == 0  # the fixture looks for what is left

@@ -154,6 +154,18 @@ def test_a_deleted_run_is_gone(run: RunRef) -> None:
     assert trouble(record, "end") is Trouble.GONE
 
 
+def test_a_deleted_run_of_a_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    created = mlflow.MlflowClient(uri).create_run("0")
+    run = RunRef(created.info.run_id, "0", created.info.artifact_uri, uri)
+    RunRecord(run).log({"a": "b"}, {"m": 1.0})
+    client(run).delete_run(run.run_id)
+    assert trouble(RunRecord(run), "log") is Trouble.GONE
+
+
 def test_a_run_that_never_was_is_gone(run: RunRef) -> None:
     record = RunRecord(dataclasses.replace(run, run_id="0" * 32))
     assert {trouble(record, what) for what in ("log", "look", "end")} == {Trouble.GONE}
