@@ -324,7 +324,8 @@ def close_if_abandoned(tracking: Tracking, view: RunView) -> bool:
         return True
     try:
         compute = computes.from_handle(handle)
-        if not compute.status(handle).gone or compute.recover(handle):
+        status = compute.status(handle)
+        if status.phase is not Phase.CREATING and (not status.gone or compute.recover(handle)):
             return False  # there is a job, though its submitter never got to say so
         tracking.finalise(view.run_id, closing, "look")
         compute.collect(handle)

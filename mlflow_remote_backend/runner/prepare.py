@@ -60,7 +60,12 @@ def prepare(spec: JobSpec, place: Place) -> None:
         failed = {"reason": _reason(error), "message": error.what, "words": error.words, "hint": error.hint}
     except OSError as error:
         failed = {"reason": "BOOTSTRAP", "message": "The job could not be prepared.", "words": str(error), "hint": ""}
-    Spool.create(place.spool).write_prepared(Prepared(failed, seconds))
+    _spool(place).write_prepared(Prepared(failed, seconds))
+
+
+def _spool(place: Place) -> Spool:
+    """The spool as whoever made it wants it shared; else a private one."""
+    return Spool(place.spool) if place.spool.is_dir() else Spool.create(place.spool)
 
 
 def _reason(error: RemoteError) -> str:
@@ -74,7 +79,7 @@ def _prepare(spec: JobSpec, place: Place, seconds: dict[str, float]) -> None:
         variables = _environment(spec, place)
     (folder / OUTPUT_FOLDER).mkdir(exist_ok=True)
     line = _command_line(spec, place, folder)
-    Spool.create(place.spool).write_command(_command(spec, place, folder, line, variables))
+    _spool(place).write_command(_command(spec, place, folder, line, variables))
 
 
 @contextlib.contextmanager

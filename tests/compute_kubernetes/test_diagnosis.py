@@ -119,10 +119,21 @@ def test_a_suspended_job_is_queued_for_as_long_as_it_takes() -> None:
         document.update(pods=[], events=[])
         document["job"]["spec"]["suspend"] = True
         document["job"]["metadata"]["labels"][names.QUEUE] = "team"
+        document["job"]["metadata"]["annotations"][names.RELEASED] = "true"
 
     status = told("running", 1_000_000, suspended)
     assert (status.phase, status.diagnosis) == (Phase.QUEUED, None)
     assert "queue team" in status.detail
+
+
+def test_a_job_that_was_never_let_go_is_still_being_created() -> None:
+    def suspended(document: Document) -> None:
+        document.update(pods=[], events=[])
+        document["job"]["spec"]["suspend"] = True
+        document["job"]["metadata"]["annotations"].pop(names.RELEASED, None)
+
+    status = told("running", 1_000_000, suspended)
+    assert (status.phase, status.gone, status.diagnosis) == (Phase.CREATING, False, None)
 
 
 def test_a_job_suspended_while_it_runs_says_so() -> None:

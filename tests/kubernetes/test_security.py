@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from namespaces import REGISTRY, Namespace, Tracking, until
@@ -88,12 +89,14 @@ def test_planted_secrets_are_found_nowhere(
 
 
 def test_credentials_in_the_tracking_uri_go_no_further(
-    projects: Projects, namespace: Namespace, pods_tracking: Tracking
+    projects: Projects, namespace: Namespace, pods_tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word = sentinel("userinfo")
     uri = pods_tracking.from_pods.replace("http://", f"http://user:{word}@")
-    run = projects.submit(projects.make("exit 0"), tracking_uri=uri)
-    ended(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    run = projects.submit(projects.make("exit 0"), tracking_uri=None)
+    assert ended(run).status == "FINISHED"
     assert not leaks(json.dumps(namespace.everything()).encode(), {"userinfo": word})
     assert not leaks(database_content(pods_tracking.server.folder / "mlflow.db"), {"userinfo": word})
 
@@ -220,9 +223,7 @@ def _kubeconfig(folder: Path, token: str, namespace: str) -> Path:
     return path
 
 
-def test_the_shipped_role_is_enough(
-    projects: Projects, as_submitter: Any, capsys: pytest.CaptureFixture[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_shipped_role_is_enough(projects: Projects, as_submitter: Any, capfd: pytest.CaptureFixture[str]) -> None:
     as_submitter()
     run = projects.submit(projects.make("echo hello; sleep 1; echo bye"), stream_output=True)
     assert run.wait() is True

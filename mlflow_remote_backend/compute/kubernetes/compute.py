@@ -59,6 +59,7 @@ class KubernetesCompute:
         self._kubeconfig = kubeconfig
         self._namespace = namespace
         self._server = server
+        self._submissions: dict[str, str] = {}  # Job -> the submission it belongs to, where this process made it
         self._digests: dict[str, str] = {}  # image -> the same by digest
         self._lock = threading.Lock()
         self._api: Api | None = None
@@ -100,6 +101,7 @@ class KubernetesCompute:
     def handle_url(self, spec: JobSpec) -> str:
         api = self._connected()
         job = names.job_name(spec.run.run_id)
+        self._submissions[job] = spec.submission_id
         return Address(self._namespace_of(api), job, api.login.context, api.login.server).url
 
     # ------------------------------------------------------------------------------------------------- creation
@@ -117,7 +119,7 @@ class KubernetesCompute:
         wire = envelope.dump(request.spec)
         secret = manifest.secret(built, objects.uid(job), wire, secrets.program, secrets.runner)
         _create(api, f"/api/v1/namespaces/{self._namespace_of(api)}/secrets", secret, lambda: secret)
-        if (job.get("spec") or {}).get("suspend") and not self._released(job, built):
+        if not objects.annotation(job, names.RELEASED):
             path = f"{self._jobs_path(api)}/{built.name}"
             api.patch(path, built.release, patience_s=SUBMIT_PATIENCE_S)
         return JobHandle(self.handle_url(request.spec), objects.uid(job))
@@ -129,9 +131,6 @@ class KubernetesCompute:
         if self._template is not None:
             built = pod_template.apply(self._template, spec, built)
         return manifest.with_images(built, self._digests)
-
-    def _released(self, job: Mapping[str, Any], built: Manifest) -> bool:
-        return bool(objects.label(job, names.QUEUE)) and names.QUEUE in str(built.release)
 
     def _create_job(self, api: Api, built: Manifest) -> dict[str, Any]:
         path = self._jobs_path(api)
@@ -275,14 +274,22 @@ class KubernetesCompute:
 
     def _delete(self, api: Api, address: Address, uid: str, propagation: str) -> None:
         """Delete the very Job; one that is gone, or a namesake, is left alone."""
-        options: dict[str, Any] = {"propagationPolicy": propagation}
-        if uid:
-            options["preconditions"] = {"uid": uid}
+        path = f"/apis/batch/v1/namespaces/{address.namespace}/jobs/{address.job}"
         try:
-            api.delete(f"/apis/batch/v1/namespaces/{address.namespace}/jobs/{address.job}", options)
+            uid = uid or self._uid_of_ours(api.get(path).body, address)
+            if uid:
+                api.delete(path, {"propagationPolicy": propagation, "preconditions": {"uid": uid}})
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
+
+    def _uid_of_ours(self, job: Mapping[str, Any], address: Address) -> str:
+        """The uid of a Job that says itself that it is this run's, and this submission's where that is known."""
+        known = self._submissions.get(address.job)
+        same_run = names.job_name(objects.annotation(job, names.RUN_ID)) == address.job
+        same_submission = known in (None, objects.annotation(job, names.SUBMISSION_ID))
+        ours = objects.label(job, names.MANAGED_BY) == names.MANAGER and same_run and same_submission
+        return objects.uid(job) if ours else ""
 
     def _living_pods(self, api: Api, address: Address, uid: str) -> list[dict[str, Any]]:
         pods, _ = api.items(

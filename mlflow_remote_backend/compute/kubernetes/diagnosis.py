@@ -81,6 +81,8 @@ def _with_job(seen: Observation, job: Raw) -> JobStatus:
         return _noting_deletion(status, job)
     if seen.pods and _no_other_pod_follows(job, seen.pods[0]):
         return _ended(seen.pods[0])
+    if (job.get("spec") or {}).get("suspend") and not objects.annotation(job, names.RELEASED):
+        return JobStatus(Phase.CREATING, detail="the Job exists, and its submitter has not let it go yet")
     if (job.get("spec") or {}).get("suspend"):
         return JobStatus(Phase.QUEUED, detail=_suspension(job), attempt=_next_attempt(seen))
     if objects.deleted_at(job):

@@ -124,7 +124,9 @@ def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
             },
         },
     }
-    release = {"metadata": {"labels": {names.QUEUE: queue}}} if queue else {"spec": {"suspend": False}}
+    release: dict[str, Any] = {"metadata": {"annotations": {names.RELEASED: "true"}}}
+    release |= {} if queue else {"spec": {"suspend": False}}
+    release["metadata"] |= {"labels": {names.QUEUE: queue}} if queue else {}
     return Manifest(job, release, secret_name)
 
 
@@ -193,7 +195,8 @@ def with_images(built: Manifest, names_to_digests: Mapping[str, str]) -> Manifes
 def released(built: Manifest) -> Manifest:
     """The same Job as it is after its release."""
     job = copy.deepcopy(built.job)
-    job["metadata"]["labels"] |= built.release.get("metadata", {}).get("labels", {})
+    for kind in ("labels", "annotations"):
+        job["metadata"][kind] |= built.release["metadata"].get(kind, {})
     job["spec"] |= built.release.get("spec", {})
     return dataclasses.replace(built, job=job)
 

@@ -22,6 +22,7 @@ SNAPSHOT = "mlflow-remote/snapshot"
 LIMITS = "mlflow-remote/limits"
 ATTEMPTS = "mlflow-remote/max-attempts"
 VERSION = "mlflow-remote/version"
+RELEASED = "mlflow-remote/released"  # set last: what lacks it and is suspended was never let go
 TRACKING = "mlflow-remote/tracking"  # which tracking server, as a digest
 QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_NAME = "batch.kubernetes.io/job-name"  # set on pods by Kubernetes since 1.27
