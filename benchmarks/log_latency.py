@@ -17,7 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-PROGRAM = "import sys, time\nfor _ in range(int(sys.argv[1])):\n    print(time.time(), flush=True)\n    time.sleep(0.05)\n"
+PROGRAM = """\
+import sys, time
+for _ in range(int(sys.argv[1])):
+    print(time.time(), flush=True)
+    time.sleep(0.05)
+"""
 
 
 def main() -> None:

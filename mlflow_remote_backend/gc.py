@@ -23,6 +23,7 @@ from .submitted_run import close_if_abandoned, created
 from .tracking import RunView, Tracking, absolute_uri
 
 ABSENT_S = 15 * 60
+_ON_KUBERNETES = "tags.`mlflow_remote.handle` LIKE 'kubernetes://%'"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     yield from _abandoned_runs(tracking, dry_run)
     yield from _folders(tracking, dry_run)
     yield from _engine(tracking, dry_run, cache)
+    yield from _clusters(tracking, dry_run)
     if not dry_run:
         yield from (Collected("scratch", str(path), "removed: its submission died") for path in sweep())
 
@@ -141,6 +143,23 @@ def _engine(tracking: Tracking, dry_run: bool, cache: bool) -> Iterator[Collecte
             yield Collected(cached.kind, cached.name, "would be removed: environments")
         elif not dry_run and compute.remove_cache(cached):
             yield Collected(cached.kind, cached.name, "removed: environments")
+
+
+def _clusters(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
+    """What runs left in the namespaces to which runs of this server were submitted, as far as they are reached."""
+    from .compute.kubernetes.compute import KubernetesCompute
+
+    for compute in KubernetesCompute.of_handles(view.tag("handle") for view in tracking.runs(_ON_KUBERNETES)):
+        try:
+            left = compute.leftovers(tracking.uri)
+        except ComputeError:
+            continue
+        for each in left:
+            view = _view(tracking, each.run_id)
+            absent = view is None and each.same_server and each.age_s > ABSENT_S
+            if absent or (view is not None and view.ended):
+                _unless(dry_run, partial(compute.remove_leftover, each))
+                yield Collected(each.kind, each.name, "would be removed" if dry_run else "removed: its run has ended")
 
 
 def failures(items: Iterator[Collected]) -> Iterator[Collected]:

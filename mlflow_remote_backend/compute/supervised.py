@@ -89,9 +89,7 @@ class SupervisedCompute:
             return JobStatus(Phase.DONE, lost("its folder is gone"), gone=True)
         return JobStatus(status.phase, lost("its supervisor died"), status.exit_code, gone=True, job_uid=status.job_uid)
 
-    def logs(
-        self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False
-    ) -> Iterator[LogChunk]:
+    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False) -> Iterator[LogChunk]:
         reader = SpoolReader(self.run_folder(handle).spool)
         offset = max(offset, reader.start())  # before it, what is stored already was dropped
         while data := reader.read(offset, READ_BYTES):

@@ -1,10 +1,10 @@
 """The environments on this machine: found, listed and pruned. Standard library only; :func:`hit` is the warm path.
 
-    <root>/envs/<lock key>/     a prefix at its final path; whole if it holds ``.complete``, the marker written last
-    <root>/envs/<lock key>.users/   one file for each process that uses the prefix
-    <root>/locks/<spec key>/    a lock and the EnvironmentRef made of it
-    <root>/archives, pkgs, uv, python, repodata     what prefixes are made of; on one file system, for hard links
-    <root>/tmp                  private folders of running tools, and what is about to be deleted
+<root>/envs/<lock key>/     a prefix at its final path; whole if it holds ``.complete``, the marker written last
+<root>/envs/<lock key>.users/   one file for each process that uses the prefix
+<root>/locks/<spec key>/    a lock and the EnvironmentRef made of it
+<root>/archives, pkgs, uv, python, repodata     what prefixes are made of; on one file system, for hard links
+<root>/tmp                  private folders of running tools, and what is about to be deleted
 """
 
 from __future__ import annotations

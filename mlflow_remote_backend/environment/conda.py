@@ -96,9 +96,7 @@ def _lock_conda(
         result = tool.run(argv, cwd=folder, environ=environ, timeout_s=LOCK_TIMEOUT_S)
     except tool.TimedOut as error:
         said = credentials.redact(error.stderr, secrets.values())
-        raise EnvironmentError_(
-            f"Locking {spec.shown}: the solver {error}.", words=said, hint=hints.CHANNEL
-        ) from error
+        raise EnvironmentError_(f"Locking {spec.shown}: the solver {error}.", words=said, hint=hints.CHANNEL) from error
     if result.code:
         said = message.read_text() if message.exists() else _own_words(result.stderr)
         raise _unsolved(spec, platforms, credentials.redact(said, secrets.values()))

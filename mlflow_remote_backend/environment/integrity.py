@@ -60,9 +60,7 @@ def _intact(packages: Path, record: Path) -> bool:
             return False
         times[name] = status.st_mtime
     oldest = min(times.values(), default=0.0)
-    return all(
-        _digest(packages / name) == digest for name, digest, _ in rows if times[name] - oldest > TOUCHED_S
-    )
+    return all(_digest(packages / name) == digest for name, digest, _ in rows if times[name] - oldest > TOUCHED_S)
 
 
 def _rows(record: Path) -> Iterator[tuple[str, str, str]]:

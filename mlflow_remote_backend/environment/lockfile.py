@@ -64,9 +64,7 @@ class Row:
 def lock_key(rows: Iterable[Row], platform: str, python: str = "") -> str:
     """The identity of the software: a ``sha256`` in hex. ``python``: the version wanted of a venv; its minor counts."""
     minor = ".".join(python.split(".")[:2])
-    table = sorted(
-        [row.manager, row.name, row.version, row.marker, row.revision, *sorted(row.hashes)] for row in rows
-    )
+    table = sorted([row.manager, row.name, row.version, row.marker, row.revision, *sorted(row.hashes)] for row in rows)
     return digest([SCHEMA, platform, minor, table])
 
 
@@ -168,9 +166,7 @@ def requirements_rows(packages: requirements.RequirementList, shown: str) -> tup
 def for_platform(rows: Iterable[Row], ref: EnvironmentRef) -> tuple[Row, ...]:
     """The rows whose marker holds on the reference's platform and Python, the markers themselves dropped."""
     environment = platforms.marker_environment(ref.platform, ref.python)
-    return tuple(
-        replace(row, marker="") for row in rows if not row.marker or Marker(row.marker).evaluate(environment)
-    )
+    return tuple(replace(row, marker="") for row in rows if not row.marker or Marker(row.marker).evaluate(environment))
 
 
 def located(row: Row, files: Mapping[str, str]) -> Row:

@@ -240,9 +240,7 @@ def _rendered(spec: EnvSpec, rows: Sequence[Row]) -> str:
     )
 
 
-def write_lock(
-    spec: EnvSpec, root: Path, report: Report = silent, *, lock_for: Sequence[str] = ("linux-64",)
-) -> Path:
+def write_lock(spec: EnvSpec, root: Path, report: Report = silent, *, lock_for: Sequence[str] = ("linux-64",)) -> Path:
     """Solves anew and writes the project's lock beside its declaration: ``conda-lock.yml`` for the platforms
     ``lock_for``, or ``requirements.lock`` for all of them. Returns its path. Raises EnvironmentError_.
     """

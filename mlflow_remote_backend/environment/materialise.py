@@ -66,9 +66,7 @@ def _system_error(error: OSError, root: Path) -> JobError:
     )
 
 
-def _build_alone(
-    ref: EnvironmentRef, root: Path, report: Report, python: Path | None, compile_bytecode: bool
-) -> Path:
+def _build_alone(ref: EnvironmentRef, root: Path, report: Report, python: Path | None, compile_bytecode: bool) -> Path:
     prefix = cache.prefix(root, ref.lock_key)
     _require_platform(ref)
 

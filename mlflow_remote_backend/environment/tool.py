@@ -46,9 +46,7 @@ class TimedOut(Exception):
         self.stderr = stderr
 
 
-def run(
-    argv: Sequence[str], *, cwd: Path, environ: Mapping[str, str], timeout_s: float, stdin: str = ""
-) -> Result:
+def run(argv: Sequence[str], *, cwd: Path, environ: Mapping[str, str], timeout_s: float, stdin: str = "") -> Result:
     """Runs a program to its end; blocks at most ``timeout_s`` seconds and a moment. Raises TimedOut or OSError.
 
     Any exception, KeyboardInterrupt included, kills the program's whole process group first.

@@ -182,7 +182,9 @@ def make_job(tmp_path: Path) -> MakeJob:
         folder = RunFolder(run_id, tmp_path / "state")
         archive, digest = _archive(tmp_path, files)
         spec = JobSpec(
-            run=RunRef(run_id, "0", "mlflow-artifacts:/0/x/artifacts", fields.pop("tracking_uri", "http://tracking.test")),
+            run=RunRef(
+                run_id, "0", "mlflow-artifacts:/0/x/artifacts", fields.pop("tracking_uri", "http://tracking.test")
+            ),
             submission_id=uuid.uuid4().hex,
             project_name="test",
             entry_point=EntryPoint("main", command),

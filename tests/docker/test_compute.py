@@ -262,10 +262,8 @@ def test_gc_removes_what_an_ended_run_left_and_nothing_else(abandoned, engine, m
 
 
 def test_gc_removes_kept_environments_only_when_asked(engine, tracking, mlflow_remote) -> None:
-    from mlflow_remote_backend.compute.docker import environments
-
     name = f"mlflow-remote-test-{os.getpid()}"
-    engine.create_volume(name, {environments.CACHE_LABEL: "environments"})
+    engine.create_volume(name, {request.CACHE_LABEL: "environments"})
     try:
         mlflow_remote("gc", check=True)
         assert engine.volume(name) is not None

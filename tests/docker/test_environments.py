@@ -18,7 +18,7 @@ import channel as channels
 from bench import Bench
 from wheels import Index, serving, wheel
 
-from mlflow_remote_backend.compute.docker import environments
+from mlflow_remote_backend.compute.docker import request
 from mlflow_remote_backend.compute.docker.engine import Engine
 from mlflow_remote_backend.job import EnvironmentRef
 
@@ -135,7 +135,7 @@ def built_images(engine, client):
 
     def of(ref: EnvironmentRef) -> list[Any]:
         asked.append(ref)
-        return engine.images(f"{environments.ENVIRONMENT_LABEL}={ref.lock_key}")
+        return engine.images(f"{request.ENVIRONMENT_LABEL}={ref.lock_key}")
 
     yield of
     for ref in tuple(asked):

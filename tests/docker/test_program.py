@@ -85,7 +85,7 @@ def test_hostile_bytes_of_both_streams_arrive_in_order(make_job) -> None:
 
 
 def test_one_line_of_100_megabytes_arrives_whole(make_job) -> None:
-    job = make_job("python3 -c \"import os; [os.write(1, bytes([65 + n % 26]) * 1048576) for n in range(100)]\"")
+    job = make_job('python3 -c "import os; [os.write(1, bytes([65 + n % 26]) * 1048576) for n in range(100)]"')
     assert job.run().exit_code == 0
     expected = hashlib.sha256(b"".join(bytes([65 + n % 26]) * 1048576 for n in range(100))).hexdigest()
     assert hashlib.sha256(job.log()).hexdigest() == expected
@@ -194,8 +194,10 @@ def test_the_project_is_where_mlflow_has_it_and_its_own_users(make_job) -> None:
 
 def test_secrets_reach_the_program_and_nothing_else(make_job, engine, until) -> None:
     secret = "s3cret'\n$(x)\"" + "é" * 50_000
-    files = {"main.py": "import os, time\nprint(len(os.environ['TOKEN']), flush=True)\n"
-             "assert os.environ['TOKEN'].endswith('é')\nwhile not os.path.exists('stop'): time.sleep(0.05)"}
+    files = {
+        "main.py": "import os, time\nprint(len(os.environ['TOKEN']), flush=True)\n"
+        "assert os.environ['TOKEN'].endswith('é')\nwhile not os.path.exists('stop'): time.sleep(0.05)"
+    }
     job = make_job("python3 main.py", files=files, secrets={"TOKEN": secret}, env_vars={"OPEN": "literal-value"})
     running = job.start()
     until(lambda: job.log() == f"{len(secret)}\n".encode())

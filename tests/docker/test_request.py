@@ -295,7 +295,9 @@ def test_a_loopback_address_is_refused_with_the_way_out(uri) -> None:
         reach.refuse_unreachable(uri, engine_here=False, network="host")
 
 
-@pytest.mark.parametrize("uri", ["http://mlflow.example.com", "databricks", "databricks://profile", "http://10.0.0.5:5000"])
+@pytest.mark.parametrize(
+    "uri", ["http://mlflow.example.com", "databricks", "databricks://profile", "http://10.0.0.5:5000"]
+)
 def test_an_address_of_the_network_is_taken(uri) -> None:
     reach.refuse_unreachable(uri, engine_here=False, network="")
 

@@ -263,9 +263,7 @@ def toy(name: str, version: str, depends: Sequence[str] = ("python",), *, says: 
         f"{dist_info}/METADATA": Entry(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()),
         f"{dist_info}/INSTALLER": Entry(b"conda"),
     }
-    return CondaPackage(
-        name, version, files, tuple(depends), noarch="python", entry_points=(f"{name} = {name}:main",)
-    )
+    return CondaPackage(name, version, files, tuple(depends), noarch="python", entry_points=(f"{name} = {name}:main",))
 
 
 def make_channel(folder: Path, *, real_python_too: bool = False, packages: Iterable[CondaPackage] = ()) -> Path:

@@ -351,9 +351,7 @@ def test_an_empty_lease_is_an_abandoned_one(tmp_path: Path, locks: str) -> None:
         held.check()
 
 
-def test_a_file_system_without_hard_links_will_do(
-    tmp_path: Path, locks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_hard_links_will_do(tmp_path: Path, locks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*arguments: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 

@@ -25,7 +25,6 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-
 def test_nothing_configured_is_uvs_default() -> None:
     assert indexes.choose((), ()) == ()
 

@@ -152,9 +152,7 @@ def test_the_lock_key_ignores_order_mirrors_and_headers(bench: Bench, channel: P
     bench.index.folders["mirror"] = channel
     with serving(Index(files=dict(bench.index.files))) as other:
         bench.conda("toyapp", f"python={PYTHON_MINOR}", pip=("peel", "fruit"))
-        second = bench.lock(
-            channel_map={}, channels=(bench.index.address("mirror"),), index_url=(other.url,)
-        )
+        second = bench.lock(channel_map={}, channels=(bench.index.address("mirror"),), index_url=(other.url,))
     assert second.lock != first.lock
     assert second.lock_key == first.lock_key
 
@@ -537,9 +535,7 @@ def test_a_wrong_password_is_not_shown(bench: Bench, guarded: Index, monkeypatch
 # ---------------------------------------------------------------------------------------------- indexes
 
 
-def test_what_pip_is_configured_with_is_used(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_pip_is_configured_with_is_used(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tmp_path / "pip.conf"
     settings.write_text(f"[install]\nindex-url = {bench.index.url}\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))

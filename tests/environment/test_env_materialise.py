@@ -64,9 +64,7 @@ def test_a_venv_runs_with_the_wanted_python(bench: Bench) -> None:
     )
 
 
-def test_activation_names_the_environment_and_nothing_of_another(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activation_names_the_environment_and_nothing_of_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = materialise.materialise(bench.python_env("peel").lock("uv"), bench.root)
     environ = {"PATH": f"/usr/bin:{prefix}/bin", "CONDA_PREFIX": "/other", "PYTHONHOME": "/other"}
     assert activation.activation(prefix, environ, {"GREETING": "hello"}) == {
@@ -461,7 +459,7 @@ def test_what_activation_scripts_set_is_there_without_running_them(bench: Bench,
         tmp_path / "scripted",
         a_first='export GDAL_DATA="$CONDA_PREFIX/share/gdal"; export PATH="$PATH:/opt/tail"; local_only=1; echo noise',
         b_second='[ -n "$NEVER" ] && export NEVER=2; export BOTH="$GDAL_DATA:x"; PATH="/opt/head:$PATH"; false',
-        c_third="export ODD=\"a'b\nc=\\\"d\"",
+        c_third='export ODD="a\'b\nc=\\"d"',
     )
     (prefix / "etc/conda/activate.d/a_first.sh").unlink()
     found = activation.activation(prefix, {"PATH": "/usr/bin"})

@@ -60,7 +60,7 @@ def _digest(data: bytes) -> str:
 
 
 #: A build backend of its own archive's, so that nothing has to be fetched to build it. It says that it ran.
-BACKEND = '''
+BACKEND = """
 import zipfile
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -72,7 +72,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         archive.writestr("{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         archive.writestr("{stem}.dist-info/RECORD", "")
     return name
-'''
+"""
 
 
 def source(name: str, version: str, *, build_requires: Sequence[str] = ()) -> tuple[str, bytes]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from execution import Starter, interpreters
+from execution import Starter, interpreters, new_run
 from faults import FaultProxy, fault_proxy
 from tracking_server import TrackingServer
 
@@ -50,11 +49,3 @@ def proxy(tracking_server: TrackingServer) -> Iterator[FaultProxy]:
 def server_run(tracking: str, proxy: FaultProxy) -> RunRef:
     """A run on the session's server, to be reached through ``proxy``."""
     return dataclasses.replace(new_run(tracking), tracking_uri=proxy.url)
-
-
-def new_run(uri: str) -> RunRef:
-    import mlflow
-
-    client = mlflow.MlflowClient(uri)
-    run = client.create_run(os.environ.get("MLFLOW_EXPERIMENT_ID", "0"))
-    return RunRef(run.info.run_id, run.info.experiment_id, run.info.artifact_uri, uri)

@@ -1,4 +1,4 @@
-"""Runs ``execute`` as a compute would: a spool, a command, a process. Both twins, any interpreter."""
+"""Runs ``execute`` as a compute would: a spool, a command, a process. Both twins, any interpreter. And makes runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlflow_remote_backend.job import RunRef
 from mlflow_remote_backend.runner import spool as spool_module
 from mlflow_remote_backend.runner.spool import Command, ExitRecord, Spool
 
@@ -99,3 +100,12 @@ class Starter:
             if each.process.poll() is None:
                 os.killpg(each.process.pid, signal.SIGKILL)
                 each.process.wait()
+
+
+def new_run(uri: str) -> RunRef:
+    """A new run in that store, in the experiment of the environment."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    run = client.create_run(os.environ.get("MLFLOW_EXPERIMENT_ID", "0"))
+    return RunRef(run.info.run_id, run.info.experiment_id, run.info.artifact_uri, uri)

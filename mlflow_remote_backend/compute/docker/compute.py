@@ -157,6 +157,7 @@ class DockerCompute(SupervisedCompute):
             **spec.options,
             "endpoint": dataclasses.asdict(self._engine().endpoint),
             "engine": _engine_id(self._engine_info()),
+            "rootless": _is_rootless(self._engine_info()),
             "resolved_image": known.pinned,
         }
         bound = dataclasses.replace(request_, spec=dataclasses.replace(spec, options=pinned))
@@ -185,9 +186,7 @@ class DockerCompute(SupervisedCompute):
         phase = Phase.STARTING if state["Status"] == "created" else Phase.FINALIZING
         return JobStatus(phase, job_uid=str(found["Id"]), detail="finished by the machine that submitted it")
 
-    def logs(
-        self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False
-    ) -> Iterator[LogChunk]:
+    def logs(self, handle: JobHandle, *, offset: int = 0, attempt: int = 0, follow: bool = False) -> Iterator[LogChunk]:
         return super().logs(handle, offset=offset, attempt=attempt) if self._ours(handle) else iter(())
 
     def cancel(self, handle: JobHandle, *, grace_period_s: float = 30.0) -> None:
@@ -268,6 +267,10 @@ def _engine_id(info: Mapping[str, Any]) -> str:
     return str(info.get("ID") or info.get("Name") or "engine").replace(":", "-").lower()
 
 
+def _is_rootless(info: Mapping[str, Any]) -> bool:
+    return any("rootless" in each for each in info.get("SecurityOptions") or ())
+
+
 def _run_id(handle: JobHandle) -> str:
     name = urlsplit(handle.url).path.lstrip("/")
     if not name.startswith("mlr-"):
@@ -318,4 +321,3 @@ def _notices(spec: JobSpec, secrets: Secrets) -> list[str]:
     if useless:
         found.append(f"{', '.join(useless)} name a proxy on this machine's loopback; the container does not get them.")
     return found
-

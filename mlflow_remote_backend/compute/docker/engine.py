@@ -279,9 +279,12 @@ class Engine:
         # Not the SDK's own call: that one waits for ever on a connection that has gone silent.
         url = f"{self._client.base_url}/v{self._client.api_version}/containers/{container}/archive"
         what = f"copy {path} out of container {container}"
-        with self._asking(what), self._client.get(
-            url, params={"path": path}, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"}
-        ) as response:
+        with (
+            self._asking(what),
+            self._client.get(
+                url, params={"path": path}, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"}
+            ) as response,
+        ):
             if response.status_code != 200:
                 raise Refused(f"The Docker engine could not {what}.", words=response.text, status=response.status_code)
             yield from response.iter_content(_RECEIVE_BYTES)

@@ -22,13 +22,11 @@ from typing import Any
 from ...environment import activation, cache
 from ...errors import ComputeError, JobError
 from ...job import EnvironmentRef, JobSpec
-from . import copying, request, seed, tools
+from . import copying, request
 from .engine import Engine, Refused, split_reference
 from .request import Image
 
 IMAGE_NAME = "mlflow-remote-environment"
-ENVIRONMENT_LABEL = "mlflow-remote/environment"
-CACHE_LABEL = "mlflow-remote/cache"
 SEED = "/mlflow-remote-seed"
 TOOLS = "/mlflow-remote-tools"
 BUILD_TIMEOUT_S = 7200.0
@@ -144,7 +142,7 @@ def _in_volume(build: _Build, cache_root: Path) -> dict[str, Any]:
         marker = _marker(build, build.image, [_mount(build, read_only=True)])
     if marker is None:
         name, _, value = request.MANAGED_LABEL.partition("=")
-        build.engine.create_volume(build.volume, {name: value, CACHE_LABEL: "environments"})
+        build.engine.create_volume(build.volume, {name: value, request.CACHE_LABEL: "environments"})
         _make(build, cache_root)
         marker = _marker_in(build, build.container)
     return _required(build, marker)
@@ -230,7 +228,7 @@ def _commit(build: _Build, name: str) -> None:
     managed, _, by = request.MANAGED_LABEL.partition("=")
     config = {
         **base,
-        "Labels": {**(base.get("Labels") or {}), managed: by, ENVIRONMENT_LABEL: build.ref.lock_key},
+        "Labels": {**(base.get("Labels") or {}), managed: by, request.ENVIRONMENT_LABEL: build.ref.lock_key},
         "Entrypoint": base.get("Entrypoint") or [],  # where there is none, the engine would take the builder's
         "Cmd": base.get("Cmd") or ["/bin/sh"],
     }
@@ -259,6 +257,8 @@ def _push(build: _Build, name: str, auth: Mapping[str, Any] | None) -> None:
 
 def _make(build: _Build, cache_root: Path) -> None:
     """Run the materialiser in a container, which is left behind, stopped. Raises JobError."""
+    from . import seed, tools  # they load the solver's side of things, which a warm start does not need
+
     build.say("fetching the environment's packages")
     seeded = seed.gather(build.ref, cache_root, build.say, SEED)
     mounts = [_mount(build, read_only=False)] if build.volume else []

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import environments, request, watch
+from . import request, watch
 from .engine import Engine, Refused
 
 
@@ -69,9 +69,9 @@ def caches(engine: Engine) -> Iterator[Cached]:
     used = engine.containers(request.RUN_LABEL)
     mounted = {mount.get("Name") for each in used for mount in each.get("Mounts") or ()}
     images = {each["ImageID"] for each in used}
-    for each in engine.volumes(environments.CACHE_LABEL):
+    for each in engine.volumes(request.CACHE_LABEL):
         yield Cached("volume", each["Name"], each["Name"] in mounted)
-    for each in engine.images(environments.ENVIRONMENT_LABEL):
+    for each in engine.images(request.ENVIRONMENT_LABEL):
         for tag in each.get("RepoTags") or ():
             yield Cached("image", tag, each["Id"] in images)
 

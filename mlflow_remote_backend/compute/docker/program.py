@@ -13,21 +13,23 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet  # the builtin one only since Python 3.11
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...environment import cache
 from ...errors import ComputeError, JobError
 from ...job import JobSpec, Reason
-from ...runner import execute
+from ...runner import supervise
 from ...runner.prepare import Place
 from ...runner.run_folder import RunFolder
 from ...runner.spool import Command, Spool, secrets_script, write_json
 from ...runner.supervise import Running, Start
-from . import copying, diagnosis, environments, images, reach, request, scripts, tail, users
+from . import copying, diagnosis, images, reach, request, scripts, users
 from .engine import Connection, Endpoint, Engine, Refused, registry_auth
-from .environments import Environment
 from .request import Container, Image
 from .watch import CONTAINER_FILE, FIRST_PAUSE_S, LONGEST_PAUSE_S, ContainerRun, recorded, remove
+
+if TYPE_CHECKING:
+    from .environments import Environment
 
 CANCEL_POLL_S = 0.2
 _PARENT = request.MOUNT.rpartition("/")[0]
@@ -69,6 +71,8 @@ class DockerProgram:
         )
 
     def _make_environment(self, spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Mapping[str, str]:
+        from . import environments
+
         site = self._wait_for_site(folder)
         self._environment = environments.ensure(
             site.engine,
@@ -133,11 +137,7 @@ def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
         patience_s=spec.limits.image_pull_timeout_s,
         say=lambda detail: folder.say("starting", detail),
     )
-    return Site(engine, image, is_rootless(engine.info()))
-
-
-def is_rootless(info: Mapping[str, Any]) -> bool:
-    return any("rootless" in each for each in info.get("SecurityOptions") or ())
+    return Site(engine, image, bool(options.get("rootless")))
 
 
 def _patient_connection(spec: JobSpec, folder: RunFolder) -> Engine:
@@ -156,9 +156,7 @@ def _patient_connection(spec: JobSpec, folder: RunFolder) -> Engine:
 
 def _container(spec: JobSpec, site: Site, environ: Mapping[str, str], python: str) -> Container:
     local_store = bool(reach.store_folders(spec.run.tracking_uri, spec.run.artifact_uri))
-    user = request.default_user(
-        site.image.user, request.caller_ids(), rootless=site.rootless, local_store=local_store
-    )
+    user = request.default_user(site.image.user, request.caller_ids(), rootless=site.rootless, local_store=local_store)
     return request.container(spec, site.image, user, environ=environ, python=python)
 
 
@@ -212,10 +210,9 @@ def _copy_in(site: Site, spec: JobSpec, folder: RunFolder, container: str, made:
 
 
 def _runner_files(ours: str) -> Iterator[copying.Item]:
-    here = Path(execute.__file__)
-    yield copying.Item(f"{ours}/execute.py", here.read_bytes(), 0o644)
-    yield copying.Item(f"{ours}/execute.sh", here.with_name("execute.sh").read_bytes(), 0o644)
-    yield copying.Item(f"{ours}/tail.py", Path(tail.__file__).read_bytes(), 0o644)
+    execute = Path(supervise.__file__).with_name("execute.py")
+    for source in (execute, execute.with_suffix(".sh"), Path(scripts.__file__).with_name("tail.py")):
+        yield copying.Item(f"{ours}/{source.name}", source.read_bytes(), 0o644)
     for name, text in (("start.sh", scripts.START), ("follow.sh", scripts.FOLLOW), ("tail.sh", scripts.TAIL)):
         yield copying.Item(f"{ours}/{name}", text.encode(), 0o644)
 

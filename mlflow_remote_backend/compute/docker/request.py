@@ -31,6 +31,8 @@ CACHE = "/mlflow-remote"
 
 MANAGED_LABEL = "app.kubernetes.io/managed-by=mlflow-remote"
 RUN_LABEL = "mlflow-remote/run-id"
+ENVIRONMENT_LABEL = "mlflow-remote/environment"  # on an image: the lock key of what it holds
+CACHE_LABEL = "mlflow-remote/cache"
 TRACKING_LABEL = "mlflow-remote/tracking"  # tells runs of one tracking server from another's on the same engine
 STOP_MARGIN_S = 10  # what execute may take beyond the grace period when the engine itself stops the container
 DEFAULT_PYTHON = "3.12"

@@ -24,7 +24,10 @@ export HOME USER LOGNAME TMPDIR XDG_CACHE_HOME MPLCONFIGDIR
 python=
 for each in python3 python "$@"; do
     found=$(command -v "$each" 2>/dev/null) || continue
-    "$found" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 7))' >/dev/null 2>&1 || continue
+    case $(readlink -f "$found" 2>/dev/null) in
+        *python3.[789] | *python3.[1-9][0-9]) ;;  # its name says that it will do
+        *) "$found" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 7))' >/dev/null 2>&1 || continue ;;
+    esac
     python=$found
     break
 done

@@ -292,4 +292,3 @@ def remove(engine: Engine, name: str) -> None:
     except Refused as error:
         if not error.conflict:
             raise
-

@@ -15,7 +15,7 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import ComputeError
@@ -77,6 +77,18 @@ class KubernetesCompute:
     def from_handle(cls, handle: JobHandle) -> KubernetesCompute:
         address = Address.parse(handle.url)
         return cls(context=address.context, namespace=address.namespace, server=address.server)
+
+    @classmethod
+    def of_handles(cls, urls: Iterable[str]) -> list[KubernetesCompute]:
+        """One compute for each namespace of each cluster that these handles name; what is no handle is left out."""
+        places: dict[tuple[str, str, str], KubernetesCompute] = {}
+        for url in urls:
+            with contextlib.suppress(ComputeError):
+                address = Address.parse(url)
+                key = (address.namespace, address.context, address.server)
+                if key not in places:
+                    places[key] = cls.from_handle(JobHandle(url))
+        return list(places.values())
 
     # ------------------------------------------------------------------------------------------ before it exists
 
