@@ -179,8 +179,9 @@ class _End:
 
     def run(self) -> Outcome:
         try:
-            self._patiently(self._job.claim)
-            self._job.record.log({"phase": Phase.FINALIZING.value})
+            if not self._patiently(self._job.record.look).tags.get("finalized"):
+                self._patiently(self._job.claim)
+                self._job.record.log({"phase": Phase.FINALIZING.value})
         except RecordError as error:
             if error.trouble is Trouble.GONE:
                 return self._outcome(gone=True)

@@ -93,6 +93,7 @@ class _Watch:
     ) -> None:
         self.uploader = LogUploader(job.spool, job.record, attempt=job.attempt)
         self.gone = False
+        self._others_ended_it = False
         self._job = job
         self._alive = alive
         self._on_phase = on_phase
@@ -155,17 +156,17 @@ class _Watch:
     # -- the run
 
     def _talk_to_run(self) -> None:
-        """Claim the run, tell its phase, and look from time to time whether the program is to be stopped."""
+        """Look from time to time whether the program is to be stopped; claim the run, and tell its phase."""
         told, missing, next_look, backoff, pause = None, 0, 0.0, Backoff(), 0.0
-        while not self._ended.wait(pause):
+        while not self._ended.wait(pause) and not self._others_ended_it:
             try:
-                self._job.claim()
-                if told is not (phase := self._phase):
-                    self._job.record.log({"phase": phase.value})
-                    told = phase
                 if time.monotonic() >= next_look:
                     missing = missing + 1 if self._look() else 0
                     next_look = time.monotonic() + (0 if missing else LOOK_S * random.uniform(1.0, 1.5))
+                if told is not (phase := self._phase) and not missing and not self._others_ended_it:
+                    self._job.claim()
+                    self._job.record.log({"phase": phase.value})
+                    told = phase
                 backoff.reset()
                 pause = TELL_S
             except RecordError as error:
@@ -178,7 +179,8 @@ class _Watch:
     def _look(self) -> bool:
         """Look at the run; stop the program where somebody wants that, or has ended the run. True if it is deleted."""
         look = self._job.record.look()
-        if "cancel_requested" in look.tags or look.tags.get("finalized"):
+        self._others_ended_it = bool(look.tags.get("finalized"))
+        if "cancel_requested" in look.tags or self._others_ended_it:
             self._job.spool.request_cancel()
         return look.deleted
 

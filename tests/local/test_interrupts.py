@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_detaches_and_the_cancel_goes_on(sqlite_tracking, make_p
     terminal.ctrl_c()
     assert terminal.exit_code() == 3, terminal.shown
     run = only_run()
-    assert f"mlflow-remote attach {run.run_id}" in terminal.shown
+    assert f"mlflow-remote status {run.run_id}" in terminal.shown
     assert not run.view().ended
     assert ended(run).status == "KILLED"
 
