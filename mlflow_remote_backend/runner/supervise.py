@@ -261,7 +261,7 @@ class _Job:
 
     def begin(self) -> None:
         self._running = self._program.find(self.spec, self.folder)
-        if self._running is not None or self.spool.prepared() is not None:
+        if self.spool.prepared() is not None:
             return
         if self._start.recovery:
             self.spool.write_prepared(Prepared(_NEVER_STARTED))

@@ -16,7 +16,8 @@ import pytest
 
 from mlflow_remote_backend.compute.docker import request as docker_request
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
-from mlflow_remote_backend.compute.docker.program import ContainerRun, DockerProgram
+from mlflow_remote_backend.compute.docker.program import DockerProgram
+from mlflow_remote_backend.compute.docker.watch import ContainerRun
 from mlflow_remote_backend.job import EntryPoint, JobSpec, RunRef, SnapshotRef
 from mlflow_remote_backend.runner.prepare import prepare
 from mlflow_remote_backend.runner.run_folder import RunFolder

@@ -16,11 +16,13 @@ import pytest
 from engine_proxy import EngineProxy, engine_proxy
 
 from mlflow_remote_backend.compute.docker import mirror, request
-from mlflow_remote_backend.compute.docker.program import ContainerRun
+from mlflow_remote_backend.compute.docker.engine import Connection, Endpoint, Engine
+from mlflow_remote_backend.compute.docker.watch import ContainerRun, remove
 from mlflow_remote_backend.errors import JobError
-from mlflow_remote_backend.job import Limits, Resources
+from mlflow_remote_backend.job import Limits, Reason, Resources
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.runner.supervise import Start
+from mlflow_remote_backend.runner.verdict import classify
 
 pytestmark = pytest.mark.docker
 
@@ -422,28 +424,97 @@ def test_a_second_supervisor_takes_over_where_the_first_one_stopped(make_job, un
     assert job.output("f") == b"r\n"
 
 
-def test_a_container_that_was_never_started_is_no_program(make_job, engine, monkeypatch) -> None:
+@pytest.mark.parametrize("step", ["create", "start"])
+def test_a_supervisor_that_died_before_the_start_leaves_nothing(make_job, engine, until, monkeypatch, step) -> None:
     job = make_job("echo never")
+    original = Engine.create
 
     def die(*args: object) -> None:
+        if step == "create":
+            original(*args)
         raise SystemExit("killed here")
 
-    monkeypatch.setattr(type(engine), "start", die)
+    monkeypatch.setattr(Engine, step, die)
     monkeypatch.setattr("mlflow_remote_backend.compute.docker.program.remove", lambda *args: None)
     with pytest.raises(SystemExit):
         job.start()
     monkeypatch.undo()
     assert engine.inspect(job.name) is not None
-    assert job.program.find(job.spec, job.folder) is None
+    job.folder.count_recovery()
+    second = job.program.find(job.spec, job.folder)
+    until(lambda: not second.alive())
+    second.collect()
+    second.collect()
+    spool = Spool(job.folder.spool)
+    verdict = classify(spool.exit(), spool.vitals(), spool.prepared(), cancel_requested=False)
+    assert verdict.reason is Reason.KILLED_BY_SYSTEM
+    assert job.log() == b""
+
+
+def test_a_supervisor_that_died_while_it_made_the_environment_leaves_no_builder(make_job, engine, python_image) -> None:
+    job = make_job("echo never")
+    image = engine.image(python_image)["Id"]
+    engine.create(f"{job.name}{request.BUILDER}", {"Image": image, "Labels": request.labels(job.spec)})
+    job.folder.count_recovery()
+    second = job.program.find(job.spec, job.folder)
+    assert not second.alive()
+    second.collect()
+    assert engine.inspect(f"{job.name}{request.BUILDER}") is None
+
+
+def test_a_supervisor_that_died_before_the_removal_leaves_nothing(make_job, engine, monkeypatch) -> None:
+    job = make_job("echo done")
+    monkeypatch.setattr("mlflow_remote_backend.compute.docker.watch.remove", lambda *args: None)
+    assert job.run().exit_code == 0
+    assert engine.inspect(job.name) is not None
+    again = job.program.find(job.spec, job.folder)
+    assert not again.alive()
+    again.collect()
     assert engine.inspect(job.name) is None
+
+
+def test_a_job_whose_engine_is_away_can_be_cancelled_by_a_second_supervisor(
+    make_job, proxy, until, monkeypatch
+) -> None:
+    monkeypatch.setattr("mlflow_remote_backend.compute.docker.watch.STOP_MARGIN_S", 0.2)
+    monkeypatch.setattr("mlflow_remote_backend.compute.docker.watch.GIVE_UP_S", 0.2)
+    job = make_job("echo before; sleep 60", options={"base_url": proxy.url}, limits=Limits(grace_period_s=0))
+    first = multiprocessing.get_context("fork").Process(target=lambda: (job.start(), threading.Event().wait()))
+    first.start()
+    until(lambda: job.log() == b"before\n")
+    first.kill()
+    first.join()
+    proxy.refuse()
+    second = job.program.find(job.spec, job.folder)
+    assert second.alive()
+    Spool(job.folder.spool).request_cancel()
+    until(lambda: not second.alive())
+    proxy.accept()
+    record = job.end(second)
+    assert record.error["code"] == "CANCELLED"
+    remove(Engine.connect(Endpoint.from_options({}, os.environ)), job.name)
+
+
+def test_secrets_that_were_cut_off_start_no_program(make_job, monkeypatch) -> None:
+    job = make_job("echo never", secrets={"TOKEN": "x" * 1000})
+    whole = Connection.send
+    monkeypatch.setattr(Connection, "send", lambda self, data: whole(self, data[: len(data) // 2]))
+    record = job.run()
+    assert record.error["code"] == "BOOTSTRAP"
+    assert job.log() == b""
+
+
+def test_a_read_only_root_is_enough(make_job) -> None:
+    job = make_job("echo r > outputs/f; touch /x", options={"args": {"read-only": True}, "user": "1000:1000"})
+    assert job.run().exit_code == 1
+    assert b"ead-only" in job.log()
+    assert job.output("f") == b"r\n"
 
 
 # -- helpers
 
 
 def stop_file(job) -> None:
-    from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
-
     exec_in(Engine.connect(Endpoint.from_options({}, os.environ)), job.name, ["touch", f"{request.WORK}/stop"])
 
 

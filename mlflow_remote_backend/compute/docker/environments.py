@@ -100,7 +100,7 @@ class _Build:
 
     @property
     def container(self) -> str:
-        return f"{request.container_name(self.spec.run.run_id)}-environment"
+        return f"{request.container_name(self.spec.run.run_id)}{request.BUILDER}"
 
 
 def ensure(

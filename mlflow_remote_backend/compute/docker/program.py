@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet  # the builtin one only since Python 3.11
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,12 @@ from ...runner.supervise import Running, Start
 from . import copying, diagnosis, images, reach, request, scripts, users
 from .engine import Connection, Endpoint, Engine, Refused, registry_auth
 from .request import Container, Image
-from .watch import CONTAINER_FILE, FIRST_PAUSE_S, LONGEST_PAUSE_S, ContainerRun, recorded, remove
+from .watch import CONTAINER_FILE, ContainerRun, recorded, remove
 
 if TYPE_CHECKING:
     from .environments import Environment
 
 CANCEL_POLL_S = 0.2
-_PARENT = request.MOUNT.rpartition("/")[0]
 
 #: What runs the program's line inside an image's entrypoint, which knows only one program to start.
 _WRAPPED_SHELL = 'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c "$0"'
@@ -98,7 +97,7 @@ class DockerProgram:
             _copy_in(site, spec, folder, container, made)
             _start(site.engine, container, {**_copied(spec, start.environ), **_usable(spec, start.program_secrets)})
         folder.say("running")
-        return ContainerRun(site.engine, spec, folder, container)
+        return ContainerRun(lambda: site.engine, spec, folder, container)
 
     def _wait_for_site(self, folder: RunFolder) -> Site:
         """The image may take minutes; whoever cancels meanwhile need not wait for it."""
@@ -110,19 +109,14 @@ class DockerProgram:
                 raise JobError("Cancelled while the image was pulled.", code=Reason.CANCELLED.value)
 
     def find(self, spec: JobSpec, folder: RunFolder) -> Running | None:
-        """Blocks while the engine does not answer: whether a container runs cannot be guessed."""
-        if (folder.spool / "exit.json").exists():
-            return _Done()
+        """Does not ask the engine, which may be away for long: what it says is heard in the program's own thread."""
         known = recorded(folder)
-        if known is None and Spool(folder.spool).prepared() is None:
-            return None  # an earlier supervisor never got that far
-        engine = _patient_connection(spec, folder)
-        name = request.container_name(spec.run.run_id)
-        found = engine.inspect(known["id"] if known else name)
-        if known is None or (found is not None and found["State"]["Status"] == "created"):
-            remove(engine, name)  # never started: its secrets died with that supervisor
-            return None
-        return ContainerRun(engine, spec, folder, known["id"])
+        connect = partial(Engine.connect, Endpoint.from_options(spec.options, {}))
+        if known is not None and not (folder.spool / "exit.json").exists():
+            return ContainerRun(connect, spec, folder, known["id"])
+        if known is None and not folder.recoveries():
+            return None  # the job's first supervisor
+        return _Over(connect, request.container_name(spec.run.run_id))
 
 
 def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
@@ -138,17 +132,6 @@ def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
         say=lambda detail: folder.say("starting", detail),
     )
     return Site(engine, image, bool(options.get("rootless")))
-
-
-def _patient_connection(spec: JobSpec, folder: RunFolder) -> Engine:
-    pause_s = FIRST_PAUSE_S
-    while True:
-        try:
-            return Engine.connect(Endpoint.from_options(spec.options, {}))
-        except ComputeError as error:
-            folder.say("running", f"{error.what} {error.words}")
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
 
 # -- making the container ----------------------------------------------------------------------------------------------
@@ -196,9 +179,8 @@ def _copy_in(site: Site, spec: JobSpec, folder: RunFolder, container: str, made:
     if command is None:
         raise JobError("The job's command is missing from its spool.")
     spool.write_command(_in_container(command, made, spec))
-    root, code, ours = (each.removeprefix(f"{_PARENT}/") for each in (request.MOUNT, request.WORK, request.OURS))
+    code, ours = (each.removeprefix(f"{request.MOUNT}/") for each in (request.WORK, request.OURS))
     items = [
-        copying.Item(root),
         copying.Item(ours),
         *(copying.Item(f"{ours}/{name}", mode=0o700) for name in ("spool", "spool/log", "home", "tmp")),
         copying.Item(f"{ours}/spool/command.json", folder.spool / "command.json"),
@@ -206,7 +188,7 @@ def _copy_in(site: Site, spec: JobSpec, folder: RunFolder, container: str, made:
         *_runner_files(ours),
         copying.Item(code, folder.work),
     ]
-    engine.copy_in(container, _PARENT, copying.pack(items, owner))
+    engine.copy_in(container, request.MOUNT, copying.pack(items, owner))
 
 
 def _runner_files(ours: str) -> Iterator[copying.Item]:
@@ -264,20 +246,27 @@ def _start(engine: Engine, container: str, secrets: Mapping[str, str]) -> None:
     connection: Connection = engine.attach_input(container)
     try:
         engine.start(container)
-        connection.send(secrets_script(secrets).encode("utf-8", "surrogateescape"))
+        connection.send((secrets_script(secrets) + scripts.WHOLE).encode("utf-8", "surrogateescape"))
         connection.end_input()
     finally:
         connection.close()
 
 
-class _Done:
-    """A program whose end is recorded already."""
+class _Over:
+    """A program that has ended, everything of it brought here, or that was never started: a container is recorded
+    before that. What an earlier supervisor left on the engine when it died is still to go."""
+
+    def __init__(self, connect: Callable[[], Engine], name: str) -> None:
+        self._connect = connect
+        self._name = name
 
     def alive(self) -> bool:
         return False
 
     def stop(self, grace_period_s: float) -> None:
-        """It has ended."""
+        """It does not run."""
 
     def collect(self) -> None:
-        """Its container was removed when its record was written; whatever is left, gc takes."""
+        """An engine that does not answer now is not waited for: `mlflow-remote gc` does the rest."""
+        with contextlib.suppress(ComputeError):
+            remove(self._connect(), self._name)

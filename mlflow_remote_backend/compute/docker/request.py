@@ -34,6 +34,7 @@ RUN_LABEL = "mlflow-remote/run-id"
 ENVIRONMENT_LABEL = "mlflow-remote/environment"  # on an image: the lock key of what it holds
 CACHE_LABEL = "mlflow-remote/cache"
 TRACKING_LABEL = "mlflow-remote/tracking"  # tells runs of one tracking server from another's on the same engine
+BUILDER = "-environment"  # after the container's name: the one that makes its environment
 STOP_MARGIN_S = 10  # what execute may take beyond the grace period when the engine itself stops the container
 DEFAULT_PYTHON = "3.12"
 OWN_LOG = {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "1"}}  # execute's own words, not the program's

@@ -4,11 +4,15 @@ The folder that holds them (``$0``'s) has ``spool/`` beside it, and ``python``: 
 ``start.sh`` found fit for us, empty for none.
 """
 
+#: The last line of what START reads: without it something was lost on the way, and the program must not start.
+WHOLE = "mlflow_remote_whole=1\n"
+
 #: The container's first process. Reads the secrets (``export`` lines) from its stdin, sees to the variables that
 #: programs rely on under a user that the image does not know, and becomes ``execute``. ``$1``: a further interpreter.
 START = r"""#!/bin/sh
 ours=${0%/*}
 eval "$(cat)"
+[ -n "${mlflow_remote_whole-}" ] || { echo "The connection broke before everything had come." >&2; exit 125; }
 
 usable() { [ -n "$1" ] && [ -d "$1" ] && [ -w "$1" ]; }
 usable "${HOME-}" || HOME=$ours/home

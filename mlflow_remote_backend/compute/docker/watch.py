@@ -47,16 +47,19 @@ class _GivenUp(Exception):
 
 
 class ContainerRun:
-    """A container that was started. Its own thread mirrors it, and brings everything home when it has ended."""
+    """A container that was started. Its own thread mirrors it, and brings everything home when it has ended.
 
-    def __init__(self, engine: Engine, spec: JobSpec, folder: RunFolder, container: str) -> None:
-        self._engine = engine
+    ``connect``: reaches its engine, and may fail for as long as that is away.
+    """
+
+    def __init__(self, connect: Callable[[], Engine], spec: JobSpec, folder: RunFolder, container: str) -> None:
+        self._connect = connect
+        self._connected: Engine | None = None
         self._spec = spec
         self._folder = folder
         self._spool = Spool(folder.spool)
-        self._container = container
         self._name = request.container_name(spec.run.run_id)
-        self._mirror = Mirror(engine, container, folder.spool, self._too_late)
+        self._container = container
         self._ended = threading.Event()
         self._stop_by: float | None = None
         self._said = ""
@@ -84,8 +87,14 @@ class ContainerRun:
             self._collected = True
             return
         self._watcher.join()
-        if not self._nothing_left:
+        if self._connected is not None and not self._nothing_left:
             self._remove()
+
+    @property
+    def _engine(self) -> Engine:
+        if self._connected is None:
+            raise ComputeError("The Docker engine was not reached yet.", transient=True)
+        return self._connected
 
     def _remove(self) -> None:
         remove(self._engine, self._name)
@@ -118,7 +127,13 @@ class ContainerRun:
 
     def _watch(self) -> None:
         try:
-            self._bring(self._until_ended())
+            self._connected = self._ask(self._connect)
+            found = self._ask(lambda: self._engine.inspect(self._container))
+            if found is not None and found["State"]["Status"] == "created":  # an earlier supervisor got so far
+                self._record(Diagnosis(Reason.KILLED_BY_SYSTEM, "The supervisor died before the program was started."))
+                self._remove()
+            else:
+                self._follow(Mirror(self._engine, self._container, self._folder.spool, self._too_late))
         except _GivenUp:
             self._record(
                 Diagnosis(
@@ -133,7 +148,10 @@ class ContainerRun:
         finally:
             self._ended.set()
 
-    def _until_ended(self) -> dict[str, Any] | None:
+    def _follow(self, mirror: Mirror) -> None:
+        self._bring(self._until_ended(mirror), mirror)
+
+    def _until_ended(self, mirror: Mirror) -> dict[str, Any] | None:
         """Mirror the log until the container has ended; how it ended, None if it is gone."""
         pause_s = FIRST_PAUSE_S
         while True:
@@ -147,10 +165,10 @@ class ContainerRun:
                 time.sleep(1.0)
                 continue
             self._say("")
-            before = self._mirror.size_bytes, time.monotonic()
+            before = mirror.size_bytes, time.monotonic()
             with contextlib.suppress(ComputeError, OSError):
-                self._mirror.follow()
-            useful = self._mirror.size_bytes > before[0] or time.monotonic() > before[1] + LONGEST_PAUSE_S
+                mirror.follow()
+            useful = mirror.size_bytes > before[0] or time.monotonic() > before[1] + LONGEST_PAUSE_S
             pause_s = FIRST_PAUSE_S if useful else min(pause_s * 2, LONGEST_PAUSE_S)
             time.sleep(pause_s)
 
@@ -190,8 +208,8 @@ class ContainerRun:
 
     # -- bringing home
 
-    def _bring(self, found: dict[str, Any] | None) -> None:
-        record = self._ask(lambda: self._from_source(self._mirror.finish))
+    def _bring(self, found: dict[str, Any] | None, mirror: Mirror) -> None:
+        record = self._ask(lambda: self._from_source(mirror.finish))
         trouble = self._bring_outputs()
         if record is not None:
             self._write_exit(_with_what_we_know(record, found, trouble))
@@ -259,7 +277,7 @@ class ContainerRun:
         """The exit record that ``execute`` did not leave."""
         record = ExitRecord(
             exit_code=137,
-            log_bytes=self._mirror.size_bytes,
+            log_bytes=self._spool.log.size(),
             error={"code": found.reason.value, "message": found.message, "words": found.words, "hint": found.hint},
             ended_at=time.time(),
         )
@@ -284,9 +302,9 @@ def _with_what_we_know(record: bytes, found: Mapping[str, Any] | None, trouble: 
 
 
 def remove(engine: Engine, name: str) -> None:
-    """Remove a job's container and its volume. Idempotent."""
-    engine.remove(name)
-    engine.remove(f"{name}{STAND_IN}")
+    """Remove a job's container and its volume, and what served it for a while. Idempotent."""
+    for container in (name, f"{name}{STAND_IN}", f"{name}{request.BUILDER}"):
+        engine.remove(container)
     try:
         engine.remove_volume(name)
     except Refused as error:
