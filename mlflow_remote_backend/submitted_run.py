@@ -104,7 +104,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         try:
             if not self._known_to_have_ended():
                 request_cancel(self._tracking, self._compute, self._handle, self._run_id, self._grace_period_s)
-                self._await_end(self._grace_period_s + 30.0)
+                self._await_end(self._grace_period_s + 30.0, settle_it=True)
         except RemoteError as error:
             stderr_line(f"cancelling run {self._run_id}: {error}")
 
@@ -189,9 +189,11 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
             return view  # out of reach is no proof of anything
         return view
 
-    def _await_end(self, patience_s: float) -> None:
+    def _await_end(self, patience_s: float, *, settle_it: bool = False) -> None:
+        """``settle_it``: look at the job too, since one that was stopped before its runner began ends no run."""
         deadline = time.monotonic() + patience_s
-        while not self._tracking.view(self._run_id).ended and time.monotonic() < deadline:
+        view = self.view if settle_it else lambda: self._tracking.view(self._run_id)
+        while not view().ended and time.monotonic() < deadline:
             time.sleep(0.1)
 
     @property

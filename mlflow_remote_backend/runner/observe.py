@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             spool.path,
             record,
             work_dir=Path(options.work) if options.work else None,
-            alive=_sidecar_alive(spool, told_to_end),
+            alive=_sidecar_alive(spool, lambda: told_to_end.is_set() or _exists(options.told_to_end)),
             frames_to=out,
             attempt=options.attempt,
             owner=options.owner,
@@ -223,10 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if outcome.finalized or outcome.gone else EXIT_PENDING
 
 
-def _sidecar_alive(spool: Spool, told_to_end: threading.Event) -> Callable[[], bool]:
+def _sidecar_alive(spool: Spool, told_to_end: Callable[[], bool]) -> Callable[[], bool]:
     """Kubernetes ends a sidecar after the main container: from then on only a held lock says that execute lives."""
     lock_held = _lock_held(spool)
-    return lambda: bool(spool.execute_lives()) if told_to_end.is_set() else lock_held()
+    return lambda: bool(spool.execute_lives()) if told_to_end() else lock_held()
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and os.path.exists(path)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -238,6 +242,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", default="", help="folder where the program runs (default: as its command says)")
     parser.add_argument("--attempt", type=int, default=int(environ.get("MLFLOW_REMOTE_ATTEMPT") or 0))
     parser.add_argument("--owner", default=RUNNER + uid if uid else "", help="who we are in the tag .owner")
+    parser.add_argument("--told-to-end", default="", metavar="FILE", help="there once a SIGTERM came: as good as one")
     parser.add_argument("--termination-log", default="/dev/termination-log", help="where Kubernetes reads the outcome")
     return parser.parse_args(argv)
 

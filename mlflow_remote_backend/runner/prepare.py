@@ -11,8 +11,10 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from .fetch import fetch
 from .spool import Command, Prepared, Spool
 
 OUTPUT_FOLDER = "outputs"
+LOOK_S = 0.5  # how late a cancel stops a pod's preparation
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     os.umask(0o002)
     made = Spool.create(arguments.spool, mode=0o2770)
+    _stop_when_told(made)
     for folder in (arguments.tools, arguments.spool.parent / "home"):
         folder.mkdir(parents=True, exist_ok=True)
     for name in ("execute.py", "execute.sh"):
@@ -246,6 +250,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(spec, _pod_place(arguments))
     ended = made.prepared()
     return 1 if ended is None or ended.failed else 0
+
+
+def _stop_when_told(spool: Spool) -> None:
+    """End this process soon after a SIGTERM or a cancel, whatever it is at: a container's first process must do so
+    itself, and an environment may take minutes. The kernel ends its children with it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def watch() -> None:
+        while signal.sigtimedwait({signal.SIGTERM}, LOOK_S) is None and not spool.cancel_requested():
+            pass
+        stopped = {"reason": "TERMINATED", "message": "The job was stopped while it was being prepared."}
+        spool.write_prepared(Prepared({**stopped, "words": "", "hint": ""}))
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="told to stop", daemon=True).start()
 
 
 def _parser() -> argparse.ArgumentParser:
