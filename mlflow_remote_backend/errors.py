@@ -11,11 +11,13 @@
     │   └── ComputeError        the place that runs jobs: this machine, Docker, Kubernetes
     ├── JobError                our part inside the job failed before the program started
     ├── RunFailed               the run ended, and not as FINISHED
+    ├── DeploymentFailed        a deployment, or its new version, did not come up
     └── Detached                nobody watches any more; the run goes on
 
 Each message has three parts: what happened and to what, the other system's own words, and what to do next.
 At the border to MLflow (``backend.py``, ``submitted_run.py``) each becomes an ``mlflow.exceptions.ExecutionException``
-with the same text, code and cause, because MLflow's command turns only that one into a clean exit.
+with the same text, code and cause, because MLflow's command turns only that one into a clean exit; for deployments
+(``deployment/client.py``) an ``MlflowException``, which their interface asks for.
 """
 
 from __future__ import annotations
@@ -132,6 +134,12 @@ class RunFailed(RemoteError):
         self.run_id = run_id
         self.exit_code = exit_code
         self.tail = tail
+
+
+class DeploymentFailed(RemoteError):
+    """A deployment, or its new version, did not come up. What served before still serves. ``code``: a Reason name."""
+
+    code = "USER_ERROR"
 
 
 class Detached(RemoteError):

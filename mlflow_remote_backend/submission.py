@@ -179,13 +179,13 @@ def _locked(found: Project, config: BackendConfig, say: Say) -> EnvironmentRef:
 
     declared = spec.load(found.dir, found.env_type, found.env_config_path, config.env_manager, config.environment)
     elsewhere = config.compute not in ("local", "docker")
-    locked = locking.lock(declared, _platform(config), cache.default_root(), _Narrator(say), elsewhere=elsewhere)
+    locked = locking.lock(declared, platform_of(config), cache.default_root(), Narrator(say), elsewhere=elsewhere)
     for notice in locked.notices:
         say(notice)
     return locked
 
 
-class _Narrator:
+class Narrator:
     """Says what locking is at, at most once a second: a solver reports many times a second."""
 
     def __init__(self, say: Say) -> None:
@@ -215,7 +215,7 @@ def _some(lines: Sequence[str], most: int = 20) -> list[str]:
     return [f"             {line}" for line in [*lines[:most], *more]]
 
 
-def _platform(config: BackendConfig) -> str:
+def platform_of(config: BackendConfig) -> str:
     """Where the job runs, as conda names platforms: this machine's; elsewhere linux-64 unless said otherwise."""
     from .environment import platforms
 

@@ -26,12 +26,23 @@ PREFIX = "mlflow_remote."
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 CALL_TIMEOUT_S = 10
 CALL_RETRIES = 2
+FETCH_TIMEOUT_S = 120  # without a byte, while a model is downloaded
 PREFLIGHT_S = 12.0  # a server that is down is told within 15 s
 MAX_TAG_CHARS = 5000  # the smallest limit of the servers in use (MLflow 2.x)
 MAX_PARAM_CHARS = 6000  # MLflow: utils/validation.py; 500 before 2.0
 PARAMS_PER_CALL = 100
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model. ``tags``: its own, among them ours that say where it came from."""
+
+    name: str
+    version: str
+    run_id: str
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -318,6 +329,29 @@ class Tracking:
                 return mlflow.register_model(f"runs:/{view.run_id}/{path}", name, tags=dict(tags))
 
         return self.call(f"registering model {name}", register)
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def model_version(self, name: str, version: str = "", alias: str = "") -> ModelVersion:
+        """A version of a registered model, by its number or an alias. Raises RequestError: there is none."""
+
+        def read() -> Any:
+            if alias:
+                return self.client.get_model_version_by_alias(name, alias)
+            return self.client.get_model_version(name, version)
+
+        found = self.call(f"reading model {name} {version or '@' + alias}", read)
+        return ModelVersion(found.name, str(found.version), found.run_id or "", dict(found.tags))
+
+    def fetch_model(self, uri: str, folder: Path) -> Path:
+        """Download the model into ``folder``; where it lies then. Blocks."""
+        import mlflow
+
+        def fetch() -> Path:
+            with _tracking_uri(self.uri):
+                return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+
+        return self.call(f"fetching model {redact_url(uri)}", fetch, timeout_s=FETCH_TIMEOUT_S)
 
 
 def _view(run: Any) -> RunView:

@@ -34,13 +34,15 @@ def parse(
     project_dir: Path | None,
     environ: Mapping[str, str],
     cli: CliContext | None = None,
+    origin: str = "backend_config",
 ) -> BackendConfig:
     """Understand a backend_config: a mapping, the path of a ``.json`` file, or JSON text. Reads files, changes nothing.
 
     ``project_dir``: relative paths start there, and its ``mlflow-remote.yaml`` is read; None for a project that is not
-    on this machine yet: then they start in the current folder. ``environ``: the caller's variables. Raises ConfigError.
+    on this machine yet: then they start in the current folder. ``environ``: the caller's variables.
+    ``origin``: what messages call it. Raises ConfigError.
     """
-    here = Place("backend_config", Path(os.path.abspath(project_dir or ".")), Path(environ.get("HOME") or Path.home()))
+    here = Place(origin, Path(os.path.abspath(project_dir or ".")), Path(environ.get("HOME") or Path.home()))
     said = _read(_mapping(raw, here), here)
     layers, compute_name = [(here, said)], ""
     compute = said.get("compute") or "local"

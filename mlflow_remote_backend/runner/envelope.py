@@ -52,7 +52,7 @@ def load(text: str | bytes) -> JobSpec:
             hint="Submit with the release of mlflow-remote-backend that the runner has, or rebuild the runner image.",
         )
     try:
-        return _read(JobSpec, document["spec"])
+        return read(JobSpec, document["spec"])
     except (TypeError, KeyError, AttributeError) as error:
         raise JobError("The job's envelope is damaged.", words=str(error)) from error
 
@@ -67,7 +67,7 @@ def _expanded(text: str | bytes) -> str | bytes:
     return expanded
 
 
-def _read(cls: type[T], raw: Mapping[str, Any]) -> T:
+def read(cls: type[T], raw: Mapping[str, Any]) -> T:
     """A dataclass from its ``asdict`` form; unknown fields are ignored, missing ones take their default."""
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def _value(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if dataclasses.is_dataclass(hint):
-        return _read(typing.cast("type[Any]", hint), value)
+        return read(typing.cast("type[Any]", hint), value)
     origin = typing.get_origin(hint)
     if origin is tuple:
         item = typing.get_args(hint)[0]

@@ -154,6 +154,22 @@ class Connection:
                 each.close()
 
 
+class LogStream:
+    """A container's output as it comes. ``close``, from any thread, ends it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        with contextlib.suppress(OSError, ValueError):  # closed, or the engine is away: no more comes
+            yield from self._stream
+
+    def close(self) -> None:
+        if hasattr(self._stream, "close"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self._stream.close()
+
+
 class Engine:
     """What we ask a Docker engine. Safe to use from several threads."""
 
@@ -234,6 +250,11 @@ class Engine:
         """A container that does not run, or is not there, is what was wanted."""
         self._call(f"kill container {container}", lambda client: client.kill(container, signal), none_for=(404, 409))
 
+    def stop(self, container: str, patience_s: int) -> None:
+        """SIGTERM, and SIGKILL after ``patience_s``. Blocks until it has ended; one that does not run is fine."""
+        what = f"stop container {container}"
+        self._call(what, lambda client: client.stop(container, timeout=patience_s), none_for=(304, 404))
+
     def unpause(self, container: str) -> None:
         """Idempotent: a container that is not paused is what was wanted."""
         what = f"unpause container {container}"
@@ -256,6 +277,23 @@ class Engine:
         what = f"read the log of container {container}"
         said = self._call(what, lambda client: client.logs(container, tail=lines), none_for=(404, 409, 500, 501))
         return bytes(said or b"").decode(errors="replace")
+
+    def log(self, container: str, *, follow: bool, lines: int | None) -> LogStream:
+        """What the container's own process writes, from ``lines`` before now on (None: all that is kept)."""
+        what = f"read the log of container {container}"
+        options = {"stream": True, "follow": follow, "tail": "all" if lines is None else lines}
+        return LogStream(self._call(what, lambda client: client.logs(container, **options)))
+
+    def change_limits(self, container: str, *, cpus: float | None, memory_bytes: int | None) -> None:
+        """New limits for a container that runs; None leaves the one it has."""
+        limits: dict[str, Any] = {}
+        if memory_bytes:
+            limits |= {"mem_limit": memory_bytes, "memswap_limit": memory_bytes}
+        if cpus:
+            limits |= {"cpu_period": 100_000, "cpu_quota": round(cpus * 100_000)}
+        if limits:
+            what = f"change the limits of container {container}"
+            self._call(what, lambda client: client.update_container(container, **limits))
 
     def attach_input(self, container: str) -> Connection:
         """The stdin of a container that is about to start."""

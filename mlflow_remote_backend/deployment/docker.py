@@ -1,0 +1,398 @@
+"""Deployments to a Docker engine: a container that holds a keeper and its servers, on a published port.
+
+The state is on the engine: labels find the container, files in it say what it serves; the client's disk has nothing.
+The model is copied in, so the engine may be anywhere. The environment is in the volume that jobs share, mounted
+read-only. The container has no capability, no new privileges, and a user without rights; Docker starts it again after
+a restart of the engine. While an update has two models loaded, the memory limit is the sum of what both may use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..compute.docker import copying, images, request, users
+from ..compute.docker.engine import Endpoint, Engine, LogStream, Refused, registry_auth
+from ..compute.docker.request import Image
+from ..environment import cache
+from ..errors import ComputeError, ConfigError, JobError
+from ..job import EntryPoint, JobSpec, RunRef, SnapshotRef
+from ..submission import Narrator
+from .kept import File, Keep, KeptTarget, Software, name_taken
+from .spec import NAME_LABEL, DeploymentSpec, Order
+from .target import Watcher
+
+FOLDER = "/mlflow/deployment"
+PORT = 8080  # inside
+USER = "65532:65532"  # who serves where the image names nobody: no user of the engine's machine
+SERVICE_LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
+PORTS = range(20000, 32000)  # where a free one is looked for: below those that systems hand out by themselves
+PORT_ATTEMPTS = 20
+STOP_MARGIN_S = 15
+
+
+class DockerTarget(KeptTarget):
+    """See target.py for the contract of each verb."""
+
+    name = "docker"
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._connected: Engine | None = None
+        self._images: dict[str, Image] = {}
+        self._baked: dict[str, Image] = {}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> DockerTarget:
+        return cls(options)
+
+    def engine(self) -> Engine:
+        if self._connected is None:
+            self._connected = Engine.connect(Endpoint.from_options(self._options, os.environ))
+        return self._connected
+
+    def render(self, spec: DeploymentSpec) -> dict[str, Any]:
+        made = container(spec, Image(), spec.service.port)
+        return {
+            "compute": "docker",
+            "image": request.image_name(as_job(spec)),
+            "environment": spec.environment.lock_key or spec.environment.manager,
+            "variables": sorted(spec.env_vars),
+            "secrets": list(spec.secret_names),
+            "container": {"name": container_name(spec.name), **made},
+        }
+
+    def check(self, spec: DeploymentSpec) -> Sequence[str]:
+        info = self.engine().info()
+        if info.get("OSType") != "linux":
+            raise ComputeError(f"The Docker engine runs {info.get('OSType')} containers; a server needs Linux ones.")
+        if spec.service.type != "ClusterIP":
+            raise ConfigError("service.type is for Kubernetes.", key="service.type")
+        for key in ("args", "volumes", "network", "build"):
+            if spec.options.get(key):
+                raise ConfigError(f"docker.{key} means nothing for a deployment.", key=f"docker.{key}")
+        cores, memory_bytes = int(info.get("NCPU") or 0), int(info.get("MemTotal") or 0)
+        if spec.resources.cpu and cores and spec.resources.cpu > cores:
+            raise ConfigError(f"resources.cpu is over the engine's {cores} cores.", key="resources.cpu")
+        if spec.resources.memory_bytes and memory_bytes and spec.resources.memory_bytes > memory_bytes:
+            raise ConfigError(f"resources.memory is over the engine's {memory_bytes} bytes.", key="resources.memory")
+        return []
+
+    # -- readying -----------------------------------------------------------------------------------------------------
+
+    def software(self, spec: DeploymentSpec, watcher: Watcher) -> Software:
+        image = self._image(spec, watcher)
+        own = dict(each.partition("=")[::2] for each in image.environment)
+        own |= {"HOME": "/tmp", "USER": "mlflow", "LOGNAME": "mlflow", "TMPDIR": "/tmp", "PYTHONUNBUFFERED": "1"}
+        if not spec.environment.lock_key:
+            return Software("python3", own)
+        from ..compute.docker import environments
+
+        say = Narrator(watcher.say)
+        made = environments.ensure(
+            self.engine(),
+            as_job(spec),
+            image,
+            auth=registry_auth(os.environ),
+            cache_root=cache.default_root(),
+            say=lambda line: say(line),
+        )
+        return Software(made.python or "python3", {**own, **made.variables})
+
+    def _image(self, spec: DeploymentSpec, watcher: Watcher) -> Image:
+        name = request.image_name(as_job(spec))
+        if name not in self._images:
+            self._images[name] = images.obtain(
+                self.engine(),
+                name,
+                pull=spec.options.get("pull", "missing"),
+                platform=spec.options.get("platform") or "",
+                auth=registry_auth(os.environ),
+                patience_s=spec.image_pull_timeout_s,
+                say=watcher.say,
+            )
+        return self._images[name]
+
+    def make(self, spec: DeploymentSpec) -> DockerKeep:
+        """The container, not started; its published port is chosen here, since a free one of Docker's own choice would
+        change with each start."""
+        image = self._images[request.image_name(as_job(spec))]
+        port = spec.service.port or _free_port(spec.service.host, self._taken_ports())
+        try:
+            made = self.engine().create(container_name(spec.name), container(spec, image, port))
+        except Refused as error:
+            if error.conflict:
+                raise name_taken(spec.name, self.name) from error
+            raise
+        owner = users.numeric(spec.options.get("user") or _user(image), "", "")
+        return DockerKeep(self.engine(), made, spec.name, owner)
+
+    def _taken_ports(self) -> set[int]:
+        listed = self.engine().containers(NAME_LABEL)
+        return {
+            int(port["PublicPort"]) for each in listed for port in each.get("Ports") or () if port.get("PublicPort")
+        }
+
+    def listens_on(self, spec: DeploymentSpec) -> dict[str, Any]:
+        return {"host": "0.0.0.0", "port": PORT}
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> DockerKeep | None:
+        found = self.engine().inspect(container_name(name))
+        if found is None or (found["Config"].get("Labels") or {}).get(NAME_LABEL) != name:
+            return None
+        owner = users.numeric(str(found["Config"].get("User") or "0:0"), "", "")
+        return DockerKeep(self.engine(), str(found["Id"]), name, owner)
+
+    def names(self) -> list[str]:
+        return sorted(each["Labels"][NAME_LABEL] for each in self.engine().containers(NAME_LABEL))
+
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """A create is alone by the container's name. Two updates at once: the later revision wins, as in a cluster."""
+        yield
+
+    def apply(self, order: Order, watcher: Watcher) -> Any:
+        spec = order.spec
+        if spec.revision == 1:
+            return super().apply(order, watcher)
+        keep = self.find(spec.name)
+        if keep is None:
+            return super().apply(order, watcher)
+        before = keep.memory_bytes()
+        after = spec.resources.memory_bytes
+        if before and after:  # two models are loaded for a while
+            self.engine().change_limits(keep.container, cpus=None, memory_bytes=before + after)
+        kept: int | None = before
+        try:
+            status = super().apply(order, watcher)
+            kept = after
+            return status
+        finally:
+            with contextlib.suppress(ComputeError):
+                cpus = spec.resources.cpu if kept == after else None
+                self.engine().change_limits(keep.container, cpus=cpus, memory_bytes=kept)
+
+    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
+        """What only a new container could have."""
+        now, then = (self._fixed(each) for each in (before, after))
+        changed = sorted(key for key in now if now[key] != then[key])
+        if changed:
+            raise ConfigError(
+                f"Deployment {after.name} cannot change {', '.join(changed)} while it serves.",
+                key=changed[0],
+                hint="That needs another container: delete the deployment and create it anew.",
+            )
+
+    def _fixed(self, spec: DeploymentSpec) -> dict[str, Any]:
+        options = {f"docker.{key}": spec.options.get(key) for key in ("user", "capabilities", "runtime", "gpus")}
+        return {
+            **options,
+            "docker.image": request.image_name(as_job(spec)),
+            "docker.env_cache": _mounts(spec),
+            "service": spec.service,
+            "resources.gpu": spec.resources.gpu,
+            "resources.shm_size": spec.resources.shm_size_bytes,
+            "labels": dict(spec.labels),
+            "a memory limit": bool(spec.resources.memory_bytes),
+        }
+
+
+# -- the container -----------------------------------------------------------------------------------------------------
+
+
+def container_name(name: str) -> str:
+    return f"mld-{name}"
+
+
+def as_job(spec: DeploymentSpec) -> JobSpec:
+    """The deployment as the job that would make its environment: made, found and kept as for jobs, by the same code.
+
+    Its containers carry a run's label, so that ``gc`` takes one whose maker died.
+    """
+    run_id = f"deployment-{spec.name}-{hashlib.sha256(spec.dump().encode()).hexdigest()[:8]}"
+    return JobSpec(
+        run=RunRef(run_id, "", "", ""),
+        submission_id=run_id,
+        project_name=spec.name,
+        entry_point=EntryPoint("serve", ""),
+        parameters={},
+        snapshot=SnapshotRef("", 0),
+        environment=spec.environment,
+        compute="docker",
+        resources=spec.resources,
+        options=spec.options,
+    )
+
+
+def container(spec: DeploymentSpec, image: Image, port: int) -> dict[str, Any]:
+    """The document of the deployment's container, as the Engine API has it. Pure. ``port``: of the engine's machine."""
+    job = as_job(spec)
+    base = request.container(
+        dataclasses.replace(job, options={**spec.options, "args": {}}), image, _user(image)
+    ).document
+    managed, _, by = request.MANAGED_LABEL.partition("=")
+    host = dict(base["HostConfig"])
+    host["Mounts"] = _mounts(spec)
+    host |= {
+        "PortBindings": {f"{PORT}/tcp": [{"HostIp": spec.service.host, "HostPort": str(port or "")}]},
+        "RestartPolicy": {"Name": "unless-stopped"},
+        "LogConfig": SERVICE_LOG,
+    }
+    if "NanoCpus" in host:  # as a quota, which can be changed while it runs
+        host |= {"CpuPeriod": 100_000, "CpuQuota": round(host.pop("NanoCpus") / 10_000)}
+    return {
+        "Image": base["Image"],
+        "Entrypoint": ["python3", "-I", "-S", f"{FOLDER}/server/keeper.py", FOLDER],
+        "Cmd": [],
+        "User": base.get("User") or USER,
+        "WorkingDir": "/",
+        "StopSignal": "SIGTERM",
+        "StopTimeout": int(spec.grace_period_s) + STOP_MARGIN_S,
+        "ExposedPorts": {f"{PORT}/tcp": {}},
+        "Labels": {**spec.annotations, **spec.labels, managed: by, NAME_LABEL: spec.name},
+        "HostConfig": {key: value for key, value in host.items() if key != "ExtraHosts"},
+    }
+
+
+def _mounts(spec: DeploymentSpec) -> list[dict[str, Any]]:
+    if not spec.environment.lock_key:
+        return []
+    return [{"Type": "volume", "Source": spec.options["env_cache"], "Target": request.CACHE, "ReadOnly": True}]
+
+
+def _user(image: Image) -> str:
+    """The image's own user where it has numbers and is not root; else one without any rights."""
+    own = image.user
+    return own if own.partition(":")[0].isdigit() and own.partition(":")[0] != "0" else USER
+
+
+def _free_port(host: str, taken: set[int]) -> int:
+    """A port that nobody listens on, as far as this machine can tell. Raises ComputeError."""
+    for _ in range(PORT_ATTEMPTS):
+        port = random.choice(PORTS)
+        if port in taken:
+            continue
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, contextlib.suppress(OSError):
+            probe.bind((host if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else "127.0.0.1", port))
+            return port
+    raise ComputeError("No free port was found.", hint="Give one with service.port.")
+
+
+class DockerKeep:
+    """A keeper's folder in a container."""
+
+    path = FOLDER
+
+    def __init__(self, engine: Engine, container: str, name: str, owner: tuple[int, int]) -> None:
+        self.engine = engine
+        self.container = container
+        self._name = name
+        self._owner = owner
+
+    def _found(self) -> dict[str, Any]:
+        return self.engine.inspect(self.container) or {}
+
+    @property
+    def url(self) -> str:
+        bound = (self._found().get("NetworkSettings") or {}).get("Ports") or {}
+        for each in bound.get(f"{PORT}/tcp") or ():
+            host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(each["HostIp"], each["HostIp"])
+            return f"http://{host}:{each['HostPort']}"
+        return ""
+
+    def memory_bytes(self) -> int:
+        return int((self._found().get("HostConfig") or {}).get("Memory") or 0)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            found = copying.files(self.engine.copy_out(self.container, f"{FOLDER}/{name}"))
+            return b"".join(stream.read() for _, stream in found)
+        except Refused as error:
+            if error.missing:
+                return None
+            raise
+
+    def put(self, files: Sequence[File]) -> None:
+        """What others wait for (the last file) goes in beside its place first: a copy is seen while it grows."""
+        folders = {str(parent) for file in files for parent in Path(FOLDER, file.path).parents if str(parent) != "/"}
+        items = [copying.Item(each.lstrip("/"), mode=0o755) for each in sorted(folders)]
+        items += [copying.Item(f"{FOLDER}/{file.path}".lstrip("/"), file.source, file.mode) for file in files]
+        self.engine.copy_in(self.container, "/", copying.pack(items, self._owner))
+
+    def drop(self, name: str) -> None:
+        connection = self.engine.exec(self.container, ["rm", "-rf", f"{FOLDER}/{name}"])
+        try:
+            for _ in connection.frames(30):
+                pass
+        finally:
+            connection.close()
+
+    def start(self) -> None:
+        if self.alive():
+            return
+        try:
+            self.engine.start(self.container)
+        except Refused as error:
+            if "port" in error.words and ("allocated" in error.words or "in use" in error.words):
+                raise ConfigError(
+                    f"The port of deployment {self._name} is taken on the engine's machine.",
+                    key="service.port",
+                    words=error.words,
+                    hint="Choose another one, or leave it out for a free one.",
+                ) from error
+            raise JobError(
+                f"The container of deployment {self._name} cannot be started.",
+                words=error.words,
+                hint="Its image needs python3 (3.10 or newer).",
+                code="CONTAINER_CONFIG",
+            ) from error
+
+    def alive(self) -> bool:
+        state = self._found().get("State") or {}
+        return bool(state.get("Running"))
+
+    def log(self, *, follow: bool, tail: int | None) -> ContainerLog:
+        return ContainerLog(self, follow=follow, tail=tail)
+
+    def discard(self) -> None:
+        """The servers get their grace; then the container goes, whatever it does."""
+        found = self._found()
+        if not found:
+            return
+        if self.alive():
+            with contextlib.suppress(ComputeError):
+                self.engine.stop(self.container, int(found["Config"].get("StopTimeout") or 30))
+        self.engine.remove(self.container)
+
+
+class ContainerLog:
+    """A container's log as it grows. One that has not started yet is waited for: before, there is nothing to follow."""
+
+    def __init__(self, keep: DockerKeep, *, follow: bool, tail: int | None) -> None:
+        self._keep = keep
+        self._follow = follow
+        self._tail = tail
+        self._closed = False
+        self._stream: LogStream | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._follow and not self._closed and not self._keep.alive():
+            time.sleep(0.05)
+        if not self._closed:
+            self._stream = self._keep.engine.log(self._keep.container, follow=self._follow, lines=self._tail)
+            yield from self._stream
+
+    def close(self) -> None:
+        self._closed = True
+        if self._stream is not None:
+            self._stream.close()

@@ -1,0 +1,366 @@
+"""What the targets share whose servers a keeper looks after (``server/keeper.py``): ``local`` and ``docker``.
+
+    revisions/N/      spec.json, model/, token: what revision N is
+    server/           keeper.py, serve.py
+    listen.json, wanted.json, state.json, stop, lock: see the keeper
+
+They differ in where that folder is (:class:`Keep`): on this machine, or in a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets as random_tokens
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ComputeError, DeploymentFailed, RequestError
+from . import calling, diagnosis
+from . import server as served
+from .spec import Answer, DeploymentSpec, DeploymentStatus, Order, Secrets, State
+from .target import Watcher
+
+KEEPER_START_S = 15.0  # from the keeper's start to its first word, on a busy machine
+POLL_S = 0.1
+MARGIN_S = 60.0  # beyond the keeper's own patience
+PROBE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class File:
+    """Something to put into a keep. ``source``: a file or folder of this machine, or content."""
+
+    path: str
+    source: Path | bytes
+    mode: int = 0o600
+
+
+class LogStream(Protocol):
+    """Bytes as they come; ``close``, from any thread, ends it."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+class Keep(Protocol):
+    """The folder of one deployment's keeper. ``path``: as the keeper sees it; ``url``: where its port is reached."""
+
+    path: str
+
+    @property
+    def url(self) -> str: ...
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def put(self, files: Sequence[File]) -> None:
+        """Each whole or not at all, in this order."""
+        ...
+
+    def drop(self, name: str) -> None: ...
+
+    def start(self) -> None:
+        """Start the keeper, unless it lives."""
+        ...
+
+    def alive(self) -> bool: ...
+
+    def log(self, *, follow: bool, tail: int | None) -> LogStream: ...
+
+    def discard(self) -> None:
+        """End the keeper and remove all of it. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Software:
+    """What serves: the interpreter as the keeper sees it, and the variables it starts with."""
+
+    python: str
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class KeptTarget:
+    """The verbs that need nothing but the keep. A subclass makes keeps, finds them, and readies the software."""
+
+    name: str
+
+    def software(self, spec: DeploymentSpec, watcher: Watcher) -> Software:
+        """Materialise the environment where the server will run. Blocks for milliseconds or minutes."""
+        raise NotImplementedError
+
+    def make(self, spec: DeploymentSpec) -> Keep:
+        """An empty keep under the name. Raises RequestError: the name is taken."""
+        raise NotImplementedError
+
+    def find(self, name: str) -> Keep | None:
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
+    def changing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Holds everybody else who creates, updates or deletes the same deployment. Raises RequestError."""
+        raise NotImplementedError
+
+    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
+        """Raises RequestError where a running deployment cannot become the other one."""
+
+    # -- the verbs ----------------------------------------------------------------------------------------------------
+
+    def apply(self, order: Order, watcher: Watcher) -> DeploymentStatus:
+        spec = order.spec
+        with self.changing(spec.name):
+            if spec.revision == 1:
+                self._create(order, watcher)
+            else:
+                self._update(order, watcher)
+        status = self.status(spec.name)
+        if status is None:
+            raise DeploymentFailed(f"Deployment {spec.name} was removed by somebody while it was rolled out.")
+        return status
+
+    def _create(self, order: Order, watcher: Watcher) -> None:
+        if self.find(order.spec.name) is not None:
+            raise name_taken(order.spec.name, self.name)
+        software = self.software(order.spec, watcher)
+        keep = self.make(order.spec)
+        try:
+            keep.put([File("listen.json", _json(self.listens_on(order.spec))), *server_files()])
+            self._roll(keep, order, software, order.secrets or Secrets(), watcher)
+        except BaseException:
+            keep.discard()
+            raise
+
+    def listens_on(self, spec: DeploymentSpec) -> dict[str, Any]:
+        return {"host": spec.service.host, "port": spec.service.port}
+
+    def _update(self, order: Order, watcher: Watcher) -> None:
+        spec = order.spec
+        keep = self.find(spec.name)
+        if keep is None:
+            raise no_such(spec.name, self.name)
+        wanted_before = keep.read("wanted.json") or b"{}"
+        before = _spec_in(keep, json.loads(wanted_before).get("revision"))
+        if before is not None:
+            self.refuse_change(keep, before, spec)
+        software = self.software(spec, watcher)
+        secrets = order.secrets or _secrets_in(wanted_before, keep)
+        keep.drop(f"revisions/{spec.revision - 2}")
+        keep.drop(f"revisions/{spec.revision}")  # of an update that failed
+        try:
+            self._roll(keep, order, software, secrets, watcher)
+        except BaseException:
+            keep.put([File("wanted.json", wanted_before)])
+            raise
+
+    def _roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
+        """Put the revision there, and wait until it serves."""
+        spec, attempt = order.spec, random_tokens.token_hex(8)
+        folder = f"revisions/{spec.revision}"
+        watcher.say(f"handing over the model ({spec.model.size_bytes / 1e6:.1f} MB)")
+        files = [File(f"{folder}/spec.json", spec.dump().encode()), File(f"{folder}/model", order.model)]
+        if secrets.token:
+            files.append(File(f"{folder}/token", secrets.token.encode()))
+        keep.put([*files, File("wanted.json", _json(wanted(spec, keep.path, software, secrets, attempt)))])
+        with _showing(keep, watcher, tail=0 if spec.revision > 1 else None) as log:
+            keep.start()
+            watcher.say("loading the model")
+            self._await(keep, spec, attempt, log)
+        self._ask_once(keep, spec)
+
+    def _await(self, keep: Keep, spec: DeploymentSpec, attempt: str, log: _Log) -> None:
+        began = time.monotonic()
+        while True:
+            state = json.loads(keep.read("state.json") or b"{}")
+            if state.get("serving") == spec.revision:
+                return
+            failed = state.get("failed")
+            if failed and failed.get("attempt", attempt) == attempt:
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, failed, log.text()), log.text())
+            waited_s = time.monotonic() - began
+            if waited_s > KEEPER_START_S and not keep.alive():
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "", "exit": "?"}, log.text()), log.text())
+            if waited_s > spec.start_timeout_s + MARGIN_S:
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "timeout"}, log.text()), log.text())
+            time.sleep(POLL_S)
+
+    def _ask_once(self, keep: Keep, spec: DeploymentSpec) -> None:
+        """A real request to where users will send theirs. Raises DeploymentFailed."""
+        try:
+            answer = self.call(spec.name, "/ping", b"", calling.JSON, PROBE_TIMEOUT_S)
+        except ComputeError as error:
+            raise DeploymentFailed(
+                f"Deployment {spec.name} serves, but {keep.url} does not answer from here.",
+                words=error.words,
+                hint="Look at service.host and service.port, and at what stands between here and there.",
+            ) from error
+        if answer.status != 200:
+            raise DeploymentFailed(f"Deployment {spec.name} answers /ping with HTTP {answer.status}.")
+
+    def status(self, name: str) -> DeploymentStatus | None:
+        keep = self.find(name)
+        if keep is None:
+            return None
+        state = json.loads(keep.read("state.json") or b"{}")
+        coming = json.loads(keep.read("wanted.json") or b"{}").get("revision")
+        serving = state.get("serving")
+        spec = _spec_in(keep, serving or coming)
+        if spec is None:
+            return None  # between being made and its first file
+        alive = keep.alive()
+        restarts = int(state.get("restarts") or 0)
+        detail = f"restarted {restarts} times, last exit code {state.get('exit')}" if restarts else ""
+        if not alive:
+            detail = "its keeper does not run: the machine was restarted, or somebody ended it; update starts it again"
+        return DeploymentStatus(
+            spec,
+            _state(alive, serving, coming),
+            url=keep.url if alive else "",
+            replicas_ready=1 if alive and serving else 0,
+            restarts=restarts,
+            detail=detail,
+        )
+
+    def statuses(self) -> list[DeploymentStatus]:
+        return [found for name in self.names() if (found := self.status(name)) is not None]
+
+    def logs(self, name: str, *, follow: bool = False, tail: int | None = None) -> Iterator[bytes]:
+        keep = self.find(name)
+        if keep is None:
+            raise no_such(name, self.name)
+        stream = keep.log(follow=follow, tail=tail)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+    def call(self, name: str, path: str, body: bytes, content_type: str, timeout_s: float) -> Answer:
+        keep = self.find(name)
+        if keep is None:
+            raise no_such(name, self.name)
+        token = _secrets_in(keep.read("wanted.json") or b"{}", keep).token
+        sent = body or None
+        return calling.ask(keep.url, path, body=sent, content_type=content_type, token=token, timeout_s=timeout_s)
+
+    def delete(self, name: str) -> None:
+        with self.changing(name):
+            keep = self.find(name)
+            if keep is not None:
+                keep.discard()
+
+
+# -- the keep's files --------------------------------------------------------------------------------------------------
+
+
+def wanted(spec: DeploymentSpec, path: str, software: Software, secrets: Secrets, attempt: str) -> dict[str, Any]:
+    """What the keeper is told to run. Holds secrets: it goes into a file that only its user reads."""
+    folder = f"{path}/revisions/{spec.revision}"
+    grace_s = int(spec.grace_period_s)
+    argv = [software.python, "-u", f"{path}/server/serve.py", "--model", f"{folder}/model"]
+    argv += ["--timeout", str(spec.timeout_s), "--grace", str(grace_s)]
+    if secrets.token:
+        argv += ["--token-file", f"{folder}/token"]
+    return {
+        "revision": spec.revision,
+        "attempt": attempt,
+        "argv": argv,
+        "env": {**software.variables, **spec.env_vars, **secrets.env},
+        "secret_names": sorted(secrets.env),
+        "workers": spec.workers,
+        "patience_s": spec.start_timeout_s,
+        "grace_s": grace_s,
+    }
+
+
+def server_files() -> list[File]:
+    folder = Path(served.__file__).parent
+    return [File(f"server/{name}", (folder / name).read_bytes(), 0o644) for name in ("keeper.py", "serve.py")]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _spec_in(keep: Keep, revision: int | None) -> DeploymentSpec | None:
+    text = keep.read(f"revisions/{revision}/spec.json") if revision else None
+    return DeploymentSpec.load(text) if text else None
+
+
+def _secrets_in(wanted_text: bytes, keep: Keep) -> Secrets:
+    """Those of the revision that serves: an update that says nothing of them goes on with them."""
+    document = json.loads(wanted_text)
+    names = document.get("secret_names", ())
+    token = keep.read(f"revisions/{document.get('revision')}/token") or b""
+    return Secrets({name: document["env"][name] for name in names}, token.decode())
+
+
+def _state(alive: bool, serving: int | None, coming: int | None) -> State:
+    if not alive:
+        return State.STOPPED
+    if not serving:
+        return State.STARTING
+    return State.READY if serving == coming else State.UPDATING
+
+
+# -- the log while it is waited for ------------------------------------------------------------------------------------
+
+
+class _Log:
+    """What the servers wrote since it was opened: shown, and kept (its end) for a diagnosis."""
+
+    KEPT_BYTES = 256 * 1024
+
+    def __init__(self, stream: LogStream, watcher: Watcher) -> None:
+        self._stream = stream
+        self._watcher = watcher
+        self._kept = b""
+        self._thread = threading.Thread(target=self._pump, name="deployment-log", daemon=True)
+        self._thread.start()
+
+    def _pump(self) -> None:
+        with contextlib.suppress(
+            ComputeError, OSError, ValueError
+        ):  # the stream was closed, or broke: only the show ends
+            for data in self._stream:
+                self._kept = (self._kept + data)[-self.KEPT_BYTES :]
+                self._watcher.log(data)
+
+    def text(self) -> str:
+        """Waits a moment for what is under way: a server's last words come just after its end."""
+        before = None
+        for _ in range(20):
+            if before is not None and len(before) == len(self._kept):
+                break
+            before = self._kept
+            time.sleep(0.2)
+        return self._kept.decode(errors="replace")
+
+    def close(self) -> None:
+        self._stream.close()
+        self._thread.join(timeout=2)
+
+
+@contextlib.contextmanager
+def _showing(keep: Keep, watcher: Watcher, *, tail: int | None) -> Iterator[_Log]:
+    log = _Log(keep.log(follow=True, tail=tail), watcher)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def name_taken(name: str, where: str) -> RequestError:
+    return RequestError(
+        f"There is a deployment {name} on {where} already.",
+        hint="update changes it; delete removes it; or choose another name.",
+    )
+
+
+def no_such(name: str, where: str) -> RequestError:
+    return RequestError(f"There is no deployment {name} on {where}.", hint="mlflow-remote ls shows what there is.")

@@ -1,0 +1,265 @@
+"""Deployments to this machine: a keeper and its servers as processes of this user, on a loopback port.
+
+Each is a folder ``<state>/deployments/NAME`` (``<state>`` as for runs), so that any later process of the user finds it.
+It ends with the machine: after a restart its state is ``stopped``, and an update starts it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ComputeError, ConfigError, RequestError
+from ..runner import run_folder
+from ..submission import FORWARDED, Narrator
+from .kept import KEEPER_START_S, File, Keep, KeptTarget, Software, name_taken
+from .spec import DeploymentSpec
+from .target import Watcher
+
+STOP_MARGIN_S = 15.0
+_READ_BYTES = 256 * 1024
+
+#: Starts its arguments and ends, so that the client has no child to wait for.
+_IN_BACKGROUND = '"$@" </dev/null &'
+
+
+class LocalTarget(KeptTarget):
+    """See target.py for the contract of each verb."""
+
+    name = "local"
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or run_folder.state_root()) / "deployments"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> LocalTarget:
+        return cls()
+
+    def render(self, spec: DeploymentSpec) -> dict[str, Any]:
+        return {
+            "compute": "local",
+            "folder": str(self.root / spec.name),
+            "listens_on": f"{spec.service.host}:{spec.service.port or 'a free port'}",
+            "environment": spec.environment.lock_key or "what is there",
+            "workers": spec.workers,
+        }
+
+    def check(self, spec: DeploymentSpec) -> Sequence[str]:
+        if os.name != "posix":
+            raise ComputeError("compute: local needs Linux or macOS.", hint="Use compute: docker here.")
+        if spec.service.type != "ClusterIP":
+            raise ConfigError("service.type is for Kubernetes.", key="service.type")
+        limits = [name for name in ("cpu", "memory_bytes", "gpu") if getattr(spec.resources, name)]
+        return ["resources are not limited by the compute local: a process has what the machine has."] if limits else []
+
+    def software(self, spec: DeploymentSpec, watcher: Watcher) -> Software:
+        own = {name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD)}
+        if not spec.environment.lock_key:
+            return Software(sys.executable, own)
+        from ..environment import activation, cache, materialise
+
+        narrator = Narrator(watcher.say)
+        prefix = materialise.materialise(spec.environment, cache.default_root(), narrator)
+        variables = activation.activation(prefix, own, spec.environment.env_vars)
+        return Software(str(prefix / "bin" / "python"), {**own, **variables})
+
+    def make(self, spec: DeploymentSpec) -> LocalKeep:
+        folder = self.root / spec.name
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            raise name_taken(spec.name, self.name) from None
+        except OSError as error:
+            raise ComputeError(f"The deployment's folder {folder} cannot be made.", words=str(error)) from error
+        return LocalKeep(folder)
+
+    def find(self, name: str) -> LocalKeep | None:
+        folder = self.root / name
+        return LocalKeep(folder) if folder.is_dir() else None
+
+    def names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.root / f".{name}.changing").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RequestError(
+                    f"Deployment {name} is being changed by another process.", hint="Try again when it is done."
+                ) from None
+            try:
+                yield
+            finally:
+                if not (self.root / name).is_dir():
+                    Path(file.name).unlink(missing_ok=True)
+
+    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
+        if after.service != before.service:
+            raise ConfigError(
+                f"Deployment {after.name} listens on {keep.url}; its port and host cannot be changed.",
+                key="service",
+                hint="Delete it and create it anew.",
+            )
+
+
+#: What opens the tracking server and its store is for whoever fetches the model, and a server fetches nothing.
+_WITHHELD = (*FORWARDED, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_", "PYTHONPATH", "PYTHONHOME")
+
+
+class LocalKeep:
+    """A keeper's folder on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.path = str(folder)
+
+    @property
+    def url(self) -> str:
+        state = json.loads(self.read("state.json") or b"{}")
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(state.get("host"), state.get("host"))
+        return f"http://{host}:{state['port']}" if state.get("port") else ""
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def put(self, files: Sequence[File]) -> None:
+        for file in files:
+            target = self._folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if isinstance(file.source, Path):
+                shutil.copytree(file.source, target, symlinks=False, dirs_exist_ok=True)
+                continue
+            beside = target.with_name(f".{target.name}.{os.getpid()}")
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, file.mode)
+            with open(descriptor, "wb") as stream:
+                stream.write(file.source)
+            os.replace(beside, target)
+
+    def drop(self, name: str) -> None:
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def start(self) -> None:
+        if self.alive():
+            return
+        (self._folder / "state.json").unlink(missing_ok=True)
+        command = [sys.executable, "-I", "-S", str(self._folder / "server/keeper.py"), self.path]
+        environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        with (self._folder / "log").open("ab") as log:
+            shell = subprocess.run(
+                ["/bin/sh", "-c", _IN_BACKGROUND, "sh", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=environ,
+                start_new_session=True,
+                check=False,
+            )
+        if shell.returncode:
+            raise ComputeError("No keeper can be started on this machine.", words=(self.read("log") or b"").decode())
+
+    def alive(self) -> bool:
+        """The kernel's word: a keeper holds its lock as long as it lives."""
+        try:
+            descriptor = os.open(self._folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def log(self, *, follow: bool, tail: int | None) -> FileTail:
+        return FileTail(self, self._folder / "log", follow=follow, tail=tail)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / "stop").touch()
+        wanted = json.loads(self.read("wanted.json") or b"{}")
+        deadline = time.monotonic() + float(wanted.get("grace_s", 30)) + STOP_MARGIN_S
+        while self._may_live() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.alive():
+            pid = json.loads(self.read("state.json") or b"{}").get("pid")
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _may_live(self) -> bool:
+        """Also one that was started just now and has not taken its lock yet."""
+        if self.alive():
+            return True
+        log = self._folder / "log"
+        with contextlib.suppress(OSError):
+            return not (self._folder / "lock").exists() and time.time() - log.stat().st_mtime < KEEPER_START_S
+        return False
+
+
+class FileTail:
+    """A log file as it grows, until its keeper is gone or somebody closes this."""
+
+    def __init__(self, keep: LocalKeep, path: Path, *, follow: bool, tail: int | None) -> None:
+        self._keep = keep
+        self._path = path
+        self._follow = follow
+        self._closed = False
+        self._offset = self._start(tail)
+
+    def _start(self, tail: int | None) -> int:
+        if tail is None or not self._path.exists():
+            return 0
+        size = self._path.stat().st_size
+        if tail == 0:
+            return size
+        with self._path.open("rb") as file:
+            file.seek(max(0, size - tail * 2000))
+            data = file.read()
+        kept = b"".join(data.splitlines(keepends=True)[-tail:])
+        return size - len(kept)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while not self._closed:
+            ended = not self._follow or not self._path.exists()
+            if data := self._read():
+                yield data
+            elif ended:
+                return
+            else:
+                time.sleep(0.1)
+
+    def _read(self) -> bytes:
+        try:
+            with self._path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._offset = 0  # it was put aside
+                file.seek(self._offset)
+                data = file.read(_READ_BYTES)
+        except OSError:
+            return b""
+        self._offset += len(data)
+        return data
+
+    def close(self) -> None:
+        self._closed = True

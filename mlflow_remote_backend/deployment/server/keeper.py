@@ -1,0 +1,308 @@
+"""Hold a deployment's port; keep its servers running on it; replace them by new ones without closing it.
+
+    python -I -S keeper.py FOLDER
+
+One file, standard library only, Python 3.7 or newer: it runs in the user's image as well. In FOLDER:
+
+    listen.json   {"host", "port"}: what to listen on, read once; port 0 takes a free one
+    wanted.json   what shall run; replaced by whoever wants something else:
+                  {"revision", "attempt", "argv", "env", "workers", "patience_s", "grace_s"}
+    state.json    what is: {"pid", "host", "port", "serving", "failed", "restarts", "exit", "at"}
+    stop          somebody asked to end it all
+    lock          held (flock) as long as we live
+
+- A server is ``argv --fd PUBLIC --fd OWN``: it accepts on both sockets once its model is loaded. OWN is a loopback port
+  of its own, on which we ask ``/ping`` and ``/version`` until it answers. Only when all workers of a revision answer,
+  the servers of the one before are told to end (SIGTERM; SIGKILL after ``grace_s``): the port is never closed.
+- A new revision that dies, or does not answer within ``patience_s``, is ended and reported in ``failed``; the servers
+  before it go on.
+- A server that dies while it serves is started again, after 1, 2, 4 … 30 s. Requests wait in the port's queue.
+- SIGTERM, or the file ``stop``, ends the servers in order, then us.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+TICK_S = 0.05
+PROBE_S = 2.0  # for one answer of a server that is about to serve
+BACKLOG = 1024
+LOG_BYTES = 16 * 1024 * 1024  # at which a log file of ours is put aside, once
+GRACE_MARGIN_S = 5.0
+LONGEST_PAUSE_S = 30.0
+CALM_S = 60.0  # a server that lived that long was well: the next pause is short again
+
+
+def read_json(path: str) -> Any:
+    """The file's content, None where there is none (yet)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: str, value: object) -> None:
+    """Replace the file whole or not at all."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(beside, path)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, for servers to accept on. Raises OSError: the port is taken, or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((host, port))
+    made.listen(BACKLOG)
+    made.setblocking(False)
+    return made
+
+
+def oom_kills() -> int:
+    """How many processes the kernel killed for this container's memory limit; 0 where that cannot be known."""
+    try:
+        with open("/sys/fs/cgroup/memory.events", encoding="ascii") as file:
+            return int(dict(line.split() for line in file).get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+class Server:
+    """One process that serves a revision, or is about to."""
+
+    def __init__(self, wanted: Any, public: socket.socket) -> None:
+        self.began = time.monotonic()
+        self.answers = False
+        with listen("127.0.0.1", 0) as own:
+            self.port = own.getsockname()[1]
+            descriptors = (public.fileno(), own.fileno())
+            argv = [*wanted["argv"], *(each for fd in descriptors for each in ("--fd", str(fd)))]
+            self.process = subprocess.Popen(
+                argv, env=wanted["env"], pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def ended(self) -> int | None:
+        return self.process.poll()
+
+    def probe(self) -> bool:
+        """Whether it answers; once it did, it counts as answering. Blocks for PROBE_S at most."""
+        self.answers = self.answers or (self._answer("/ping") and self._answer("/version"))
+        return self.answers
+
+    def _answer(self, path: str) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PROBE_S)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def signal(self, number: int) -> None:
+        """To the server and whatever it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Revision:
+    """The servers of one ``wanted.json``."""
+
+    def __init__(self, wanted: Any, public: socket.socket) -> None:
+        self.wanted = wanted
+        self.number = wanted["revision"]
+        self.public = public
+        self.deadline = time.monotonic() + wanted["patience_s"]
+        self.restarts = 0
+        self.exit = 0
+        self._pause_s, self._next_start = 1.0, 0.0
+        self.servers = [Server(wanted, public) for _ in range(wanted["workers"])]
+
+    def ready(self) -> bool:
+        return all(each.probe() for each in self.servers)
+
+    def first_exit(self) -> int | None:
+        return next((code for code in (each.ended() for each in self.servers) if code is not None), None)
+
+    def revive(self) -> bool:
+        """Start again what has died, unless it is too early for that. True if anything changed."""
+        changed = False
+        for place, server in enumerate(self.servers):
+            code = server.ended()
+            if code is None:
+                continue
+            if self._next_start <= server.began:
+                calm = time.monotonic() - server.began > CALM_S
+                self._pause_s = 1.0 if calm else min(self._pause_s * 2, LONGEST_PAUSE_S)
+                self._next_start = time.monotonic() + (0.0 if calm else self._pause_s / 2)
+                self.exit, changed = code, True
+                say(f"a server ended with exit code {code}; it is started again")
+            if time.monotonic() >= self._next_start:
+                self.servers[place] = Server(self.wanted, self.public)
+                self.restarts += 1
+                changed = True
+        return changed
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL for what still lives after the grace period. Blocks until all have ended."""
+        for each in self.servers:
+            each.signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while self._alive() and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+        for each in self.servers:
+            each.signal(signal.SIGKILL)
+            each.process.wait()
+
+    def _alive(self) -> bool:
+        return any(each.ended() is None for each in self.servers)
+
+
+class Keeper:
+    """All of it. ``run`` returns when it is told to stop."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.stopping = False
+        self.serving: Revision | None = None
+        self.coming: Revision | None = None
+        self.failed: dict[str, Any] | None = None
+        self._kills = oom_kills()
+        self._seen: Any = None
+        asked = read_json(self._path("listen.json"))
+        self.public = listen(asked["host"], asked["port"])
+        self.public.set_inheritable(False)
+        self.host, self.port = asked["host"], self.public.getsockname()[1]
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def tell(self) -> None:
+        serving = self.serving
+        state = {
+            "pid": os.getpid(),
+            "host": self.host,
+            "port": self.port,
+            "serving": serving.number if serving else None,
+            "failed": self.failed,
+            "restarts": serving.restarts if serving else 0,
+            "exit": serving.exit if serving else 0,
+            "at": time.time(),
+        }
+        write_json(self._path("state.json"), state)
+
+    def run(self) -> None:
+        self.tell()
+        while not self.stopping and not os.path.exists(self._path("stop")):
+            self.look_at_wanted()
+            if self.coming is not None:
+                self.judge(self.coming)
+            if self.serving is not None and self.serving.revive():
+                self.tell()
+            limit_log()
+            time.sleep(TICK_S)
+        for each in (self.coming, self.serving):
+            if each is not None:
+                each.end(each.wanted["grace_s"] + GRACE_MARGIN_S)
+
+    def look_at_wanted(self) -> None:
+        wanted = read_json(self._path("wanted.json"))  # None as well while somebody's copy of it is not whole
+        if wanted is None or wanted == self._seen:
+            return
+        self._seen = wanted
+        if self.coming is not None:
+            self.coming.end(0)
+            self.coming = None
+        if self.serving is not None and wanted["revision"] == self.serving.number:
+            return  # taken back: what serves goes on
+        self.failed = None
+        try:
+            self.coming = Revision(wanted, self.public)
+        except OSError as error:
+            say(f"the server cannot be started: {error}")
+            self.fail(wanted, 127, "start")
+        self.tell()
+
+    def fail(self, wanted: Any, code: int | None, why: str) -> None:
+        self.failed = {"revision": wanted["revision"], "attempt": wanted["attempt"], "exit": code, "why": why}
+
+    def judge(self, coming: Revision) -> None:
+        """Whether the new revision takes over, is given up, or needs more time."""
+        code = coming.first_exit()
+        if code is None and coming.ready():
+            before, self.serving, self.coming = self.serving, coming, None
+            self.tell()
+            if before is not None:
+                before.end(before.wanted["grace_s"] + GRACE_MARGIN_S)
+            return
+        if code is None and time.monotonic() < coming.deadline:
+            return
+        why = "timeout" if code is None else ""
+        if code == -signal.SIGKILL and oom_kills() > self._kills:
+            why, self._kills = "oom", oom_kills()
+        coming.end(0)
+        self.coming = None
+        self.fail(coming.wanted, code, why)
+        self.tell()
+
+
+def say(text: str) -> None:
+    print("mlflow-remote: " + text, flush=True)
+
+
+def limit_log() -> None:
+    """Where our output is a file, keep two of LOG_BYTES: somebody else's disk is not for access logs."""
+    try:
+        if os.fstat(1).st_size < LOG_BYTES:
+            return
+        path = os.readlink("/proc/self/fd/1")
+        with open(path, "rb") as now, open(path + ".1", "wb") as before:
+            before.write(now.read())
+        os.ftruncate(1, 0)
+    except OSError:
+        pass
+
+
+def main(folder: str) -> int:
+    lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        say("another keeper holds this deployment")
+        return 1
+    try:
+        keeper = Keeper(folder)
+    except OSError as error:
+        failed = {"exit": 1, "why": "port", "words": str(error)}
+        write_json(os.path.join(folder, "state.json"), {"pid": os.getpid(), "failed": failed})
+        say(f"the port cannot be taken: {error}")
+        return 1
+
+    def stop(number: int, frame: object) -> None:
+        keeper.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    keeper.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,97 @@
+"""MLflow's own scoring server for one model, on sockets that are open already. Runs in the model's environment.
+
+    python serve.py --model FOLDER [--token-file FILE] [--timeout SECONDS] [--grace SECONDS] --fd N …
+
+It needs what MLflow's scoring server needs (MLflow 3 with FastAPI and uvicorn, which it brings) and nothing of ours.
+Requests are accepted once the model is loaded, not before. With a token, whatever is not a health check needs the
+header ``Authorization: Bearer TOKEN``; without it the answer is 401. The token is read from a file and never written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+WATCH_S = 0.5
+OPEN_PATHS = ("/ping", "/health", "/version")
+UNAUTHORIZED = b'{"error_code": "UNAUTHENTICATED", "message": "This deployment wants a token (Authorization: Bearer)."}'
+
+
+class Guard:
+    """An ASGI application that lets requests through to another one if they carry the token."""
+
+    def __init__(self, application: Any, token: str) -> None:
+        self._application = application
+        self._expected = b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+            await self._application(scope, receive, send)
+            return
+        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": UNAUTHORIZED})
+
+    def _allowed(self, scope: Any) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def application(model: str, token: str) -> Any:
+    """The server's application with the model loaded, which may take minutes."""
+    from mlflow.pyfunc import scoring_server
+
+    made = scoring_server.init(scoring_server.load_model_with_mlflow_config(model))
+    return Guard(made, token) if token else made
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--token-file", default="")
+    parser.add_argument("--timeout", default="")
+    parser.add_argument("--grace", type=int, default=30)
+    parser.add_argument("--fd", type=int, action="append", required=True)
+    return parser.parse_args(argv)
+
+
+def end_with(parent: int) -> None:
+    """End this process, in order, soon after its parent has died: nobody else would ever tell it to."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def main(argv: list[str]) -> int:
+    asked = arguments(argv)
+    end_with(os.getppid())
+    if asked.timeout:
+        os.environ["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"] = asked.timeout
+    token = ""
+    if asked.token_file:
+        with open(asked.token_file, encoding="utf-8") as file:
+            token = file.read().strip()
+    import uvicorn
+
+    app = application(asked.model, token)
+    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=asked.grace)
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd) for fd in asked.fd])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
