@@ -61,22 +61,25 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--tracking-uri", help="default: what MLflow is configured with")
     verbs = root.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, action: Callable[[argparse.Namespace], int], summary: str, run: bool = True) -> Any:
+    def verb(
+        name: str, action: Callable[[argparse.Namespace], int], summary: str, run: bool = True, metavar: str = "RUN"
+    ) -> Any:
         added = verbs.add_parser(name, parents=[common], help=summary, description=summary)
         added.set_defaults(verb=action)
         if run:
-            added.add_argument("run", metavar="RUN", help="a run id, or a unique start of one")
+            either = "" if metavar == "RUN" else "; or a deployment's name (deployment/NAME where it looks like an id)"
+            added.add_argument("run", metavar=metavar, help="a run id, or a unique start of one" + either)
         return added
 
     _add_plan(verb("plan", _plan, "say what mlflow run --backend remote would do, and do nothing", run=False))
     verb("status", _status, "one line: where the run is")
-    logs = verb("logs", _logs, "the program's output")
+    logs = verb("logs", _logs, "the program's or the server's output", metavar="RUN|NAME")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
     logs.add_argument("--tail", type=int, metavar="N", help="only the last N lines")
     verb("attach", _attach, "follow the run as its submitter does; Ctrl-C cancels it, twice detaches")
     verb("cancel", _cancel, "stop the run and wait until it has stopped")
-    verb("describe", _describe, "all that is known of the run")
-    listing = verb("ls", _ls, "the runs of this backend, newest first", run=False)
+    verb("describe", _describe, "all that is known of the run or the deployment", metavar="RUN|NAME")
+    listing = verb("ls", _ls, "the runs of this backend, newest first, and the deployments", run=False)
     listing.add_argument("-n", type=int, default=20, metavar="N", help="how many (20)")
     listing.add_argument("--running", action="store_true", help="only runs that have not ended")
     gc = verb("gc", _gc, "end what died half-way and remove what it left", run=False)
@@ -208,9 +211,16 @@ def _line(view: RunView) -> str:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
+    from .deployment import looking
     from .display import Terminal, harmless
     from .submitted_run import last_lines
 
+    if name := looking.name_in(arguments.run):
+        terminal = Terminal(sys.stdout)
+        for data in looking.logs(name, follow=arguments.follow, tail=arguments.tail):
+            terminal.write(data)
+        terminal.end()
+        return OK
     run = _run(arguments)
     if arguments.tail is not None and not arguments.follow:
         for line in last_lines(run._tracking, run.run_id, arguments.tail):
@@ -245,9 +255,11 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 
 def _describe(arguments: argparse.Namespace) -> int:
+    from .deployment import looking
     from .submitted_run import details
 
-    found = details(_run(arguments).view())
+    name = looking.name_in(arguments.run)
+    found = looking.details(name) if name else details(_run(arguments).view())
     _print(arguments, found, lambda: _table(found))
     return OK
 
@@ -257,7 +269,7 @@ def _table(found: dict[str, Any]) -> str:
 
     lines = []
     for key, value in found.items():
-        if key in ("started", "ended") and value:
+        if key in ("started", "ended", "created", "updated") and value:
             value = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
         if isinstance(value, dict):
             lines += [f"{key:<14} {name} = {_rounded(each)}" for name, each in sorted(value.items())]
@@ -271,13 +283,16 @@ def _rounded(value: Any) -> str:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
+    from .deployment import looking
     from .submitted_run import details, looked_at
 
     tracking = _tracking(arguments)
     found = tracking.runs("attributes.status = 'RUNNING'" if arguments.running else "", limit=arguments.n)
     views = [looked_at(tracking, view) for view in found]
     views = [view for view in views if not (arguments.running and view.ended)]
-    _print(arguments, [details(view) for view in views], lambda: "\n".join(_line(view) for view in views))
+    deployed = looking.statuses()
+    data = [*(details(view) for view in views), *(looking.data(status) for status in deployed)]
+    _print(arguments, data, lambda: "\n".join([*map(_line, views), *map(looking.line, deployed)]))
     return OK
 
 

@@ -15,6 +15,7 @@ from typing import cast
 from . import compute as computes
 from .compute.base import Compute
 from .compute.supervised import SupervisedCompute
+from .deployment import looking
 from .errors import ComputeError, JobError, RemoteError, RequestError
 from .follow import settle
 from .runner.run_folder import RunFolder, all_folders, state_root
@@ -41,6 +42,11 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     yield from _folders(tracking, dry_run)
     yield from _engine(tracking, dry_run, cache)
     yield from _clusters(tracking, dry_run)
+    for name, compute in looking.collect(ABSENT_S, dry_run=dry_run):
+        what = f"{name} on {compute}"
+        yield Collected(
+            "deployment", what, ("would be " if dry_run else "") + "removed: it never served, its maker died"
+        )
     if not dry_run:
         yield from (Collected("scratch", str(path), "removed: its submission died") for path in sweep())
 

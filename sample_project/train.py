@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import matplotlib
 import mlflow
 import pandas as pd
-import sklearn
 from mlflow.models import infer_signature
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import ElasticNet
@@ -23,6 +25,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 SEED = 42
+#: What the model needs where it is served. Newer releases of MLflow save scikit-learn's models with skops.
+MODEL_NEEDS = ("scikit-learn", "pandas", "skops")
 OUTPUTS = Path(os.environ.get("MLFLOW_REMOTE_OUTPUT_DIR", "outputs"))
 
 
@@ -74,13 +78,20 @@ def write_outputs(table: pd.DataFrame) -> None:
     figure.savefig(OUTPUTS / "predictions.png", dpi=120)
 
 
+def pinned() -> Iterator[str]:
+    """The releases that the model was trained with."""
+    for name in MODEL_NEEDS:
+        with suppress(PackageNotFoundError):
+            yield f"{name}=={version(name)}"
+
+
 def log_model(model: Pipeline, data: pd.DataFrame) -> None:
     mlflow.sklearn.log_model(
         model,
         name="model",
         signature=infer_signature(data, model.predict(data)),
         input_example=data.head(3),
-        pip_requirements=[f"scikit-learn=={sklearn.__version__}", f"pandas=={pd.__version__}"],
+        pip_requirements=list(pinned()),
     )
 
 

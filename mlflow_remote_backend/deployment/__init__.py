@@ -8,6 +8,7 @@
     kept.py        what local and docker share: a keeper's folder; local.py, docker.py: where that folder is
     diagnosis.py   a keeper's word and the log's tail -> why a revision did not come up; pure
     calling.py     inputs -> request -> predictions or the server's complaint
+    looking.py     deployments for the command mlflow-remote: ls, describe, logs, gc
     server/        what runs where the model is served
 
 Importing this package imports neither MLflow nor a target: MLflow's three names are loaded when they are used.

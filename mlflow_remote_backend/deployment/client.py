@@ -12,10 +12,8 @@ import contextlib
 import dataclasses
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 from urllib.parse import unquote, urlsplit
 
@@ -23,12 +21,13 @@ from click import ClickException
 from mlflow.deployments import BaseDeploymentClient
 from mlflow.exceptions import MlflowException
 
+from .. import submission_folder
 from ..display import Terminal, harmless
 from ..errors import RemoteError, RequestError
 from ..follow import stderr_line
 from ..submission import plain
 from ..tracking import Tracking
-from . import calling, config, kept, model, target
+from . import calling, config, kept, looking, model, target
 from .config import DeploymentConfig
 from .spec import DeploymentSpec, DeploymentStatus, ModelRef, Order, Secrets, described
 from .target import Target
@@ -115,11 +114,15 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
     def delete_deployment(
         self, name: str, config: Mapping[str, Any] | None = None, endpoint: str | None = None
     ) -> None:
-        """Stop and remove it, whole. Idempotent."""
+        """Stop and remove it, whole. Idempotent. ``config``: where it is, as far as the target's URI does not say."""
         with for_mlflow():
             _refuse_other_endpoint(name, endpoint)
-            made = self._parsed(config)
-            _target(made).delete(name)
+            if self._compute or config:
+                _target(self._parsed(config)).delete(name)
+                return
+            for where, status in looking.everywhere():
+                if status.name == name:
+                    where.delete(name)
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """All deployments on the target's compute; for ``remote`` alone those of every place that answers."""
@@ -183,36 +186,21 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
     def _statuses(self) -> list[DeploymentStatus]:
         if self._compute:
             return _target(self._parsed(None)).statuses()
-        return [status for _, status in everywhere()]
+        return looking.statuses()
 
     def _existing(self, name: str) -> tuple[Target, DeploymentStatus]:
         """The deployment and where it is. Without a compute in the target's URI, every place is looked at."""
-        if self._compute:
-            where = _target(self._parsed(None))
-            status = where.status(name)
-            found = [(where, status)] if status is not None else []
-        else:
-            found = [(where, status) for where, status in everywhere() if status.name == name]
-        if not found:
-            raise kept.no_such(name, self._compute or "any compute that answers")
-        if len(found) > 1:
-            raise RequestError(
-                f"There are {len(found)} deployments {name}: on {', '.join(each.name for each, _ in found)}.",
-                hint="Say which: the target remote:/COMPUTE.",
-            )
-        return found[0]
+        if not self._compute:
+            return looking.find(name)
+        where = _target(self._parsed(None))
+        status = where.status(name)
+        if status is None:
+            raise kept.no_such(name, self._compute)
+        return where, status
 
 
 def _target(made: DeploymentConfig) -> Target:
     return target.from_options(made.run.compute, made.run.options())
-
-
-def everywhere() -> Iterator[tuple[Target, DeploymentStatus]]:
-    """Every deployment of the places that are reached without being told how; one that does not answer has none."""
-    for compute in target.OURS:
-        where = target.from_options(compute, config.parse({"compute": compute}).run.options())
-        with contextlib.suppress(RemoteError):
-            yield from ((where, status) for status in where.statuses())
 
 
 def _refuse(what: str, hint: str) -> NoReturn:
@@ -289,9 +277,9 @@ def _apply(
     import mlflow
 
     tracking = Tracking(mlflow.get_tracking_uri())
-    with tempfile.TemporaryDirectory(prefix="mlflow-remote-model-") as scratch:
+    with submission_folder.opened() as own:  # removed by whoever comes next, should this process be killed
         watcher.say(f"fetching model {harmless(model_uri)}")
-        folder, found = model.fetch(model_uri, Path(scratch), tracking, flavor)
+        folder, found = model.fetch(model_uri, own.scratch, tracking, flavor)
         locked = model.environment(folder, made.run, watcher.say)
         spec = describe(draft, made, found, locked, secrets)
         for notice in where.check(spec):

@@ -7,6 +7,7 @@ text: ``-C resources.memory=2Gi`` is a nested key, and a value that is JSON coun
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -188,13 +189,21 @@ def _nested(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
             raise place.error("holds a name that is no text")
         head, dot, rest = name.partition(".")
         if not dot:
-            found = merged(found, {name: value})
+            found = merged(found, {name: _mapping_in(value)})
             continue
         inside: Any = value
         for part in reversed(rest.split(".")):
             inside = {part: inside}
         found = merged(found, {head: inside})
     return found
+
+
+def _mapping_in(value: Any) -> Any:
+    """A JSON mapping that came as text, as what it is: nested keys may still add to it."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def _typed(section: Section, name: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import os
 import random
@@ -363,6 +364,12 @@ class DockerKeep:
 
     def log(self, *, follow: bool, tail: int | None) -> ContainerLog:
         return ContainerLog(self, follow=follow, tail=tail)
+
+    def age_s(self) -> float:
+        with contextlib.suppress(KeyError, ValueError):
+            created = str(self._found()["Created"])[:19]  # seconds will do; Docker's nanoseconds no parser takes
+            return time.time() - datetime.datetime.fromisoformat(created + "+00:00").timestamp()
+        return 0.0
 
     def discard(self) -> None:
         """The servers get their grace; then the container goes, whatever it does."""

@@ -72,6 +72,10 @@ class Keep(Protocol):
 
     def log(self, *, follow: bool, tail: int | None) -> LogStream: ...
 
+    def age_s(self) -> float:
+        """Seconds since it was made."""
+        ...
+
     def discard(self) -> None:
         """End the keeper and remove all of it. Idempotent."""
         ...
@@ -253,6 +257,17 @@ class KeptTarget:
             keep = self.find(name)
             if keep is not None:
                 keep.discard()
+
+    def abandoned(self, older_than_s: float) -> list[str]:
+        """Names under which nothing ever served and no keeper lives: whoever created them died on the way."""
+        found = []
+        for name in self.names():
+            keep = self.find(name)
+            if keep is None or keep.alive() or keep.age_s() < older_than_s:
+                continue
+            if not json.loads(keep.read("state.json") or b"{}").get("serving"):
+                found.append(name)
+        return found
 
 
 # -- the keep's files --------------------------------------------------------------------------------------------------

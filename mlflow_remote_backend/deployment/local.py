@@ -78,6 +78,7 @@ class LocalTarget(KeptTarget):
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(mode=0o700)
+            (folder / "log").touch(0o600)  # whoever follows it finds it from the first moment to the last
         except FileExistsError:
             raise name_taken(spec.name, self.name) from None
         except OSError as error:
@@ -193,6 +194,11 @@ class LocalKeep:
 
     def log(self, *, follow: bool, tail: int | None) -> FileTail:
         return FileTail(self, self._folder / "log", follow=follow, tail=tail)
+
+    def age_s(self) -> float:
+        with contextlib.suppress(OSError):
+            return time.time() - self._folder.stat().st_mtime
+        return 0.0
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What every place that runs deployments must be able to do: seven verbs and their contract.
+"""What every place that runs deployments must be able to do: its verbs and their contract.
 
 A target is stateless but for connections: what it needs to know of a deployment stands where the deployment is (a
 folder of this machine, a container, the cluster's objects), so any client that reaches the place can look after it.
@@ -12,7 +12,7 @@ folder of this machine, a container, the cluster's objects), so any client that 
 4.  ``status`` and ``statuses`` never guess: a place out of reach raises a transient ComputeError.
 5.  ``logs`` yields the servers' bytes; with ``follow`` until the deployment is gone.
 6.  ``call`` hands one request to the server, from wherever the client is, and returns its answer whatever its status.
-7.  ``delete`` leaves nothing. Idempotent.
+7.  ``delete`` leaves nothing. Idempotent. ``abandoned`` only tells.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class Target(Protocol):
     def call(self, name: str, path: str, body: bytes, content_type: str, timeout_s: float) -> Answer: ...
 
     def delete(self, name: str) -> None: ...
+
+    def abandoned(self, older_than_s: float) -> list[str]:
+        """Names of what never served and never will: for ``gc``, which deletes them."""
+        ...
 
 
 def from_options(compute: str, options: Mapping[str, Any]) -> Target:

@@ -1,0 +1,200 @@
+"""The keeper: a port that is never closed, whatever becomes of the servers on it. The servers here are small ones that
+keep its protocol (``--fd`` sockets); the real one is in the other files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from mlflow_remote_backend.deployment.server import keeper
+
+#: Accepts on the sockets it is given, after ``DELAY`` seconds, and answers every request with ``SAYS``.
+SERVER = """
+import http.server, os, socket, sys, threading, time
+fds = [int(sys.argv[i + 1]) for i, a in enumerate(sys.argv) if a == "--fd"]
+time.sleep(float(os.environ.get("DELAY", "0")))
+if os.environ.get("EXIT"):
+    print("no good", flush=True); sys.exit(int(os.environ["EXIT"]))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            os._exit(9)
+        body = os.environ["SAYS"].encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *a): pass
+
+import signal
+servers = []
+for fd in fds:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = socket.socket(fileno=fd)
+    server.daemon_threads = False
+    servers.append(server)
+signal.signal(signal.SIGTERM, lambda *a: [threading.Thread(target=s.shutdown).start() for s in servers])
+threads = [threading.Thread(target=s.serve_forever, args=(0.05,)) for s in servers]
+[t.start() for t in threads]; [t.join() for t in threads]
+[s.server_close() for s in servers]
+"""
+
+
+class Bench:
+    """A keeper's folder, and the keeper."""
+
+    def __init__(self, folder: Path, until) -> None:
+        self.folder = folder
+        self.until = until
+        self.script = folder / "server.py"
+        self.script.write_text(SERVER)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.attempts = 0
+
+    def start(self, port: int = 0) -> None:
+        (self.folder / "listen.json").write_text(json.dumps({"host": "127.0.0.1", "port": port}))
+        command = [sys.executable, "-I", "-S", keeper.__file__, str(self.folder)]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def want(self, revision: int, *, workers: int = 1, patience_s: float = 60, **env: str) -> None:
+        self.attempts += 1
+        wanted = {
+            "revision": revision,
+            "attempt": str(self.attempts),
+            "argv": [sys.executable, "-S", str(self.script)],
+            "env": {**os.environ, "SAYS": f"revision {revision}", **env},
+            "workers": workers,
+            "patience_s": patience_s,
+            "grace_s": 5,
+        }
+        (self.folder / "wanted.new").write_text(json.dumps(wanted))
+        os.replace(self.folder / "wanted.new", self.folder / "wanted.json")
+
+    def state(self) -> dict:
+        return keeper.read_json(str(self.folder / "state.json")) or {}
+
+    def serving(self, revision: int) -> None:
+        self.until(lambda: self.state().get("serving") == revision, what=f"revision {revision} serves: {self.state()}")
+
+    def get(self, path: str = "/") -> str:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{self.state()['port']}{path}", timeout=20) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture
+def bench(tmp_path, until):
+    made = Bench(tmp_path, until)
+    yield made
+    if made.process is not None:
+        made.process.terminate()
+        made.process.wait(30)
+
+
+def test_an_update_fails_not_one_request(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    answers, stop = [], threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                answers.append(bench.get())
+            except OSError as error:
+                answers.append(f"failed: {error}")
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for each in threads:
+        each.start()
+    bench.until(lambda: len(answers) > 20)
+    bench.want(2, DELAY="0.5")
+    bench.serving(2)
+    bench.until(lambda: answers[-20:] == ["revision 2"] * 20)
+    stop.set()
+    for each in threads:
+        each.join()
+    assert set(answers) == {"revision 1", "revision 2"}
+
+
+def test_a_revision_that_dies_leaves_the_one_before(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    bench.want(2, EXIT="3")
+    failed = bench.until(lambda: bench.state().get("failed"))
+    assert (failed["revision"], failed["exit"], failed["attempt"]) == (2, 3, "2")
+    assert bench.get() == "revision 1"
+    assert "no good" in (bench.folder / "log").read_text()
+
+
+def test_a_revision_that_does_not_answer_in_time_is_ended(bench):
+    bench.start()
+    bench.want(1, DELAY="60", patience_s=0.5)
+    failed = bench.until(lambda: bench.state().get("failed"))
+    assert failed["why"] == "timeout"
+
+
+def test_a_server_that_dies_is_started_again_and_requests_wait_for_it(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    with pytest.raises(ConnectionError):
+        bench.get("/die")
+    assert bench.get() == "revision 1"
+    assert bench.state()["restarts"] == 1
+
+
+def test_an_update_that_is_taken_back_is_ended(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    before = (bench.folder / "wanted.json").read_bytes()
+    bench.want(2, DELAY="60")
+    bench.until(lambda: len(children(bench.process.pid)) == 2)
+    (bench.folder / "wanted.json").write_bytes(before)
+    bench.until(lambda: len(children(bench.process.pid)) == 1)
+    assert bench.get() == "revision 1"
+
+
+def test_several_workers_serve_one_port(bench):
+    bench.start()
+    bench.want(1, workers=3)
+    bench.serving(1)
+    assert len(children(bench.process.pid)) == 3
+    assert bench.get() == "revision 1"
+
+
+def test_a_taken_port_is_said(bench, tmp_path):
+    taken = keeper.listen("127.0.0.1", 0)
+    with taken:
+        bench.start(taken.getsockname()[1])
+        assert bench.process.wait(20) == 1
+    assert bench.state()["failed"]["why"] == "port"
+
+
+@pytest.mark.parametrize("how", ["file", "signal"])
+def test_stopping_ends_the_servers_too(bench, how):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    pids = children(bench.process.pid)
+    if how == "file":
+        (bench.folder / "stop").touch()
+    else:
+        bench.process.send_signal(signal.SIGTERM)
+    assert bench.process.wait(20) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
