@@ -1,0 +1,187 @@
+"""Models served in containers of a real engine; the environment of the sample's model comes from the package index."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pandas
+import pytest
+from mlflow.deployments import get_deploy_client
+from mlflow.exceptions import MlflowException
+
+from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
+from mlflow_remote_backend.deployment import calling
+from mlflow_remote_backend.deployment.docker import DockerTarget, container, container_name
+from mlflow_remote_backend.deployment.spec import NAME_LABEL, DeploymentSpec, ModelRef, Service
+from mlflow_remote_backend.job import Resources
+
+PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
+CACHE_VOLUME = "mlflow-remote-test-deployments"
+ONE = pandas.DataFrame({"x": [0.0]})
+needs_both = [pytest.mark.docker, pytest.mark.registry]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine.connect(Endpoint.from_options({}, os.environ))
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def cache_volume(engine):
+    """Environments of this session, so that each is made once."""
+    yield CACHE_VOLUME
+    engine.remove_volume(CACHE_VOLUME)
+
+
+@pytest.fixture
+def config(cache_volume) -> dict:
+    return {"docker": {"image": PYTHON_IMAGE, "env_cache": cache_volume}, "start_timeout": "120s"}
+
+
+@pytest.fixture
+def client(engine, monkeypatch, cache_folder):
+    """Whatever a test deploys is deleted after it, and nothing may be left."""
+    monkeypatch.setenv("MLFLOW_REMOTE_CACHE", str(cache_folder))
+    made = get_deploy_client("remote:/docker")
+    before = {each["Id"] for each in engine.containers(NAME_LABEL)}
+    yield made
+    for each in engine.containers(NAME_LABEL):
+        if each["Id"] not in before:
+            made.delete_deployment(each["Labels"][NAME_LABEL])
+    assert {each["Id"] for each in engine.containers(NAME_LABEL)} == before
+
+
+def spec(**fields) -> DeploymentSpec:
+    options = {"image": PYTHON_IMAGE, "env_cache": CACHE_VOLUME, **fields.pop("options", {})}
+    return DeploymentSpec("toy", ModelRef("models:/toy/1"), compute="docker", options=options, **fields)
+
+
+def test_the_container_has_no_rights_and_no_secrets():
+    from mlflow_remote_backend.compute.docker.request import Image
+
+    document = container(spec(secret_names=("PASSED",), env_vars={"A": "visible-nowhere"}), Image(id="sha256:1"), 20001)
+    host = document["HostConfig"]
+    assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges"])
+    assert document["User"] == "65532:65532"
+    assert host["PortBindings"] == {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": "20001"}]}
+    assert not host.get("Binds")
+    assert "Env" not in document
+    assert "visible-nowhere" not in json.dumps(document)
+
+
+def test_a_user_of_the_image_is_kept_unless_it_is_root():
+    from mlflow_remote_backend.compute.docker.request import Image
+
+    assert container(spec(), Image(user="1000:1000"), 1)["User"] == "1000:1000"
+    assert container(spec(), Image(user="root"), 1)["User"] == "65532:65532"
+    assert container(spec(options={"user": "7"}), Image(user="1000"), 1)["User"] == "7"
+
+
+def test_limits_are_the_containers():
+    from mlflow_remote_backend.compute.docker.request import Image
+
+    made = container(spec(resources=Resources(cpu=1.5, memory_bytes=2**30)), Image(), 1)["HostConfig"]
+    assert (made["CpuPeriod"], made["CpuQuota"], made["Memory"], made["MemorySwap"]) == (100_000, 150_000, 2**30, 2**30)
+    assert "NanoCpus" not in made
+
+
+def test_what_a_running_container_cannot_become_is_refused():
+    target = DockerTarget({})
+    target.refuse_change(None, spec(), spec(workers=3, description="other"))
+    with pytest.raises(Exception, match="cannot change service"):
+        target.refuse_change(None, spec(), spec(service=Service(port=20002)))
+    with pytest.raises(Exception, match=r"cannot change docker\.user"):
+        target.refuse_change(None, spec(), spec(options={"user": "7"}))
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_train_register_deploy_predict_update_delete(trained, client, config, engine, capfd):
+    made = client.create_deployment("mlr-test-diabetes", trained.model, config={**config, "memory_gb": 1})
+    assert (made["state"], made["compute"], made["model_version"]) == ("ready", "docker", "diabetes/1")
+    answer = client.predict("mlr-test-diabetes", trained.data)
+    assert list(answer["predictions"]) == pytest.approx(trained.predicted, rel=1e-9)
+    with pytest.raises(MlflowException, match="missing inputs"):
+        client.predict("mlr-test-diabetes", trained.data.drop(columns=["bmi"]))
+    found = engine.inspect(container_name("mlr-test-diabetes"))
+    assert found["HostConfig"]["Memory"] == 2**30
+    later = client.update_deployment("mlr-test-diabetes", config={"memory_gb": 1.5, "workers": 2})
+    assert (later["revision"], later["url"], later["workers"]) == (2, made["url"], 2)
+    assert engine.inspect(container_name("mlr-test-diabetes"))["HostConfig"]["Memory"] == int(1.5 * 2**30)
+    assert client.predict("mlr-test-diabetes", trained.data) == answer
+    client.delete_deployment("mlr-test-diabetes")
+    assert engine.inspect(container_name("mlr-test-diabetes")) is None
+    assert "Application startup complete" in capfd.readouterr().err
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_an_update_under_load_fails_not_one_request_and_a_broken_one_changes_nothing(client, config, make_model):
+    made = client.create_deployment("mlr-test-toy", make_model("first"), config=config)
+    answers, stop = [], threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                answer = calling.ask(made["url"], "/invocations", body=calling.body_of(ONE), timeout_s=30)
+                answers.append((answer.status, json.loads(answer.body)["predictions"]))
+            except Exception as error:  # noqa: BLE001  whatever it is, it is a request that failed
+                answers.append((0, repr(error)))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        with pytest.raises(MlflowException, match="Revision 1 still serves"):
+            client.update_deployment("mlr-test-toy", make_model("broken", loads="raise RuntimeError('no such luck')"))
+        client.update_deployment("mlr-test-toy", make_model("second", predicts="2"))
+        assert client.predict("mlr-test-toy", ONE)["predictions"] == [2]
+    finally:
+        stop.set()
+        thread.join()
+    assert {status for status, _ in answers} == {200}, answers
+    with pytest.raises(MlflowException, match="There is a deployment mlr-test-toy on docker already"):
+        client.create_deployment("mlr-test-toy", make_model("third"), config=config)
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_a_model_that_is_too_large_is_said_to_be_and_leaves_nothing(client, config, make_model, engine):
+    greedy = make_model("greedy", loads="kept = [bytearray(os.urandom(1)) * (64 << 20) for _ in range(100)]")
+    with pytest.raises(MlflowException, match="memory limit") as failed:
+        client.create_deployment("mlr-test-toy", greedy, config={**config, "resources": {"memory": "400Mi"}})
+    assert failed.value.code == "OOM"
+    assert engine.inspect(container_name("mlr-test-toy")) is None
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_an_environment_that_cannot_be_solved_is_said_before_anything_exists(client, config, make_model, engine):
+    odd = make_model("odd", requirements=("numpy>=1000",))
+    with pytest.raises(MlflowException, match="numpy"):
+        client.create_deployment("mlr-test-toy", odd, config=config)
+    assert engine.inspect(container_name("mlr-test-toy")) is None
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_the_token_is_in_no_inspect_and_a_restart_of_the_container_serves_again(
+    client, config, make_model, engine, monkeypatch, until
+):
+    monkeypatch.setenv("THE_TOKEN", "s3cret-token")
+    made = client.create_deployment("mlr-test-toy", make_model("guarded"), config={**config, "token_env": "THE_TOKEN"})
+    assert calling.ask(made["url"], "/invocations", body=calling.body_of(ONE)).status == 401
+    assert client.predict("mlr-test-toy", ONE)["predictions"] == [1]
+    assert "s3cret" not in json.dumps(engine.inspect(container_name("mlr-test-toy")))
+    engine.stop(container_name("mlr-test-toy"), 20)
+    assert client.get_deployment("mlr-test-toy")["state"] == "stopped"
+    engine.start(container_name("mlr-test-toy"))
+    until(lambda: client.get_deployment("mlr-test-toy")["state"] == "ready", 60)
+    assert client.predict("mlr-test-toy", ONE)["predictions"] == [1]
