@@ -174,6 +174,15 @@ def _no_index() -> str:
     return "" if result.returncode == 0 else f"pip reaches no index: {result.stderr.strip()}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``pytest -n 3 --dist loadgroup``: tests that count what is left on an engine, or in a cluster, have it to
+    themselves."""
+    for item in items:
+        for service in ("docker", "kubernetes"):
+            if item.get_closest_marker(service) is not None:
+                item.add_marker(pytest.mark.xdist_group(service))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a test that needs what is not there; fails it where MLFLOW_REMOTE_TEST_REQUIRE says that it must be."""
     for need in ("docker", "kubernetes", "registry"):

@@ -37,6 +37,9 @@ from .spool import Prepared, Spool
 #: Threads that MLflow itself starts and that a forked child can do without.
 _HARMLESS_THREADS = ("MLflowTelemetry", "GetTelemetryConfig")
 PROCESS_NAME = "mlflow-remote"  # by which execute.py knows a supervisor, and a person who looks at ps
+#: What MLflow imports where it can, and only training and evaluation need. Without them a supervisor that starts anew
+#: takes 131 MB instead of 234, and loads MLflow in two thirds of the time (MLflow 3.17).
+UNUSED_LIBRARIES = frozenset({"matplotlib", "numpy", "pandas", "scipy", "sklearn"})
 START_VARIABLE = "MLFLOW_REMOTE_SUPERVISOR"  # "fork" or "spawn": overrules the choice
 
 
@@ -188,10 +191,22 @@ def _spawn(folder: RunFolder, lock: int, program: str, start: Start) -> None:
 def main(argv: list[str]) -> int:
     """The supervisor's own command line: state root, run id, program. Reads the start values from its input."""
     root, run_id, program = argv
+    sys.meta_path.insert(0, _Without(UNUSED_LIBRARIES))
     for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(each, signal.SIG_IGN)
     start = Start(**json.loads(sys.stdin.buffer.read()))
     return _supervise_safely(RunFolder(run_id, Path(root)), program, start)
+
+
+class _Without:
+    """Makes libraries look as if they were not installed. MLflow then does without them, as mlflow-skinny does."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in self._names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _supervise_safely(folder: RunFolder, program: str, start: Start) -> int:

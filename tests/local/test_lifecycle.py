@@ -99,6 +99,21 @@ def test_a_submitter_killed_at_any_line_leaves_a_run_that_ends_right_or_none(
     assert not list(home.temporary.iterdir())
 
 
+def test_a_supervisor_that_starts_anew_does_without_the_libraries_of_training(
+    sqlite_tracking, make_project, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_REMOTE_SUPERVISOR", "spawn")
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    maps = Path(f"/proc/{supervisor_pid(run)}/maps")
+    until(lambda: "sqlalchemy" in maps.read_text(), 60, "MLflow loaded")
+    until(lambda: attach(run.run_id).view().tag("phase") == "running", 60, "the run's phase written")
+    loaded = maps.read_text()
+    (tmp_path / "stop").touch()
+    assert ended(run).status == "FINISHED"
+    assert not [name for name in ("pandas", "numpy", "scipy", "sklearn") if name in loaded]
+
+
 # -- the supervisor dies -----------------------------------------------------------------------------------------------
 
 
