@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import json
 import os
 import random
 import socket
@@ -21,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from ..compute.docker import copying, images, request, users
-from ..compute.docker.engine import Endpoint, Engine, LogStream, Refused, registry_auth
+from ..compute.docker.engine import STDOUT, Endpoint, Engine, LogStream, Refused, registry_auth
 from ..compute.docker.request import Image
 from ..environment import cache
 from ..errors import ComputeError, ConfigError, JobError
 from ..job import EntryPoint, JobSpec, RunRef, SnapshotRef
 from ..submission import Narrator
+from . import calling
 from .kept import File, Keep, KeptTarget, Software, name_taken
-from .spec import NAME_LABEL, DeploymentSpec, Order
+from .spec import NAME_LABEL, Answer, DeploymentSpec, Order
 from .target import Watcher
 
 FOLDER = "/mlflow/deployment"
@@ -38,6 +40,7 @@ SERVICE_LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2
 PORTS = range(20000, 32000)  # where a free one is looked for: below those that systems hand out by themselves
 PORT_ATTEMPTS = 20
 STOP_MARGIN_S = 15
+ASK_MARGIN_S = 10.0
 
 
 class DockerTarget(KeptTarget):
@@ -364,6 +367,31 @@ class DockerKeep:
 
     def log(self, *, follow: bool, tail: int | None) -> ContainerLog:
         return ContainerLog(self, follow=follow, tail=tail)
+
+    def ask(self, path: str, body: bytes | None, content_type: str, token: str, timeout_s: float) -> Answer:
+        """By the published port; on an engine elsewhere by a process in the container, wherever the port is bound."""
+        if self.engine.endpoint.on_this_machine:
+            return calling.ask(self.url, path, body=body, content_type=content_type, token=token, timeout_s=timeout_s)
+        return self._ask_inside(path, body or b"", content_type, token, timeout_s)
+
+    def _ask_inside(self, path: str, body: bytes, content_type: str, token: str, timeout_s: float) -> Answer:
+        asked = {"path": path, "size": len(body), "content_type": content_type, "token": token, "timeout_s": timeout_s}
+        argv = ["python3", "-I", "-S", f"{FOLDER}/server/ask.py", str(PORT)]
+        connection = self.engine.exec(self.container, argv)
+        out, words = b"", b""
+        try:
+            connection.send(json.dumps(asked).encode() + b"\n" + body)
+            for kind, data in connection.frames(timeout_s + ASK_MARGIN_S):
+                out, words = (out + data, words) if kind == STDOUT else (out, words + data)
+        except OSError as error:
+            words = str(error).encode()
+        finally:
+            connection.close()
+        head, newline, content = out.partition(b"\n")
+        said = json.loads(head) if newline else {"status": 0, "error": words.decode(errors="replace")}
+        if not said["status"]:
+            raise ComputeError(f"Deployment {self._name} did not answer.", words=said["error"], transient=True)
+        return Answer(said["status"], content, said["content_type"])
 
     def age_s(self) -> float:
         with contextlib.suppress(KeyError, ValueError):

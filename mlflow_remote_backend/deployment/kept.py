@@ -76,6 +76,10 @@ class Keep(Protocol):
         """Seconds since it was made."""
         ...
 
+    def ask(self, path: str, body: bytes | None, content_type: str, token: str, timeout_s: float) -> Answer:
+        """One request to the server. Raises a transient ComputeError: it did not answer."""
+        ...
+
     def discard(self) -> None:
         """End the keeper and remove all of it. Idempotent."""
         ...
@@ -249,8 +253,7 @@ class KeptTarget:
         if keep is None:
             raise no_such(name, self.name)
         token = _secrets_in(keep.read("wanted.json") or b"{}", keep).token
-        sent = body or None
-        return calling.ask(keep.url, path, body=sent, content_type=content_type, token=token, timeout_s=timeout_s)
+        return keep.ask(path, body or None, content_type, token, timeout_s)
 
     def delete(self, name: str) -> None:
         with self.changing(name):
@@ -295,7 +298,7 @@ def wanted(spec: DeploymentSpec, path: str, software: Software, secrets: Secrets
 
 def server_files() -> list[File]:
     folder = Path(served.__file__).parent
-    return [File(f"server/{name}", (folder / name).read_bytes(), 0o644) for name in ("keeper.py", "serve.py")]
+    return [File(f"server/{name}", (folder / name).read_bytes(), 0o644) for name in ("keeper.py", "serve.py", "ask.py")]
 
 
 def _json(value: Any) -> bytes:

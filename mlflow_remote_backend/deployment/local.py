@@ -22,8 +22,9 @@ from typing import Any
 from ..errors import ComputeError, ConfigError, RequestError
 from ..runner import run_folder
 from ..submission import FORWARDED, Narrator
+from . import calling
 from .kept import KEEPER_START_S, File, Keep, KeptTarget, Software, name_taken
-from .spec import DeploymentSpec
+from .spec import Answer, DeploymentSpec
 from .target import Watcher
 
 STOP_MARGIN_S = 15.0
@@ -194,6 +195,9 @@ class LocalKeep:
 
     def log(self, *, follow: bool, tail: int | None) -> FileTail:
         return FileTail(self, self._folder / "log", follow=follow, tail=tail)
+
+    def ask(self, path: str, body: bytes | None, content_type: str, token: str, timeout_s: float) -> Answer:
+        return calling.ask(self.url, path, body=body, content_type=content_type, token=token, timeout_s=timeout_s)
 
     def age_s(self) -> float:
         with contextlib.suppress(OSError):

@@ -203,5 +203,10 @@ def described(status: DeploymentStatus) -> dict[str, Any]:
         "tags": dict(spec.tags),
         "labels": dict(spec.labels),
         "description": spec.description,
-        "config": dict(spec.config),
+        "config": {key: _masked(key, value) for key, value in spec.config.items()},
     }
+
+
+def _masked(key: str, value: Any) -> Any:
+    """Values of variables are nobody's business, as in everything else that is shown."""
+    return dict.fromkeys(value, "***") if key == "env_vars" and isinstance(value, Mapping) else value

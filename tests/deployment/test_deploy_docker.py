@@ -170,6 +170,15 @@ def test_an_environment_that_cannot_be_solved_is_said_before_anything_exists(cli
     assert engine.inspect(container_name("mlr-test-toy")) is None
 
 
+def asked_inside(engine, name: str, token: str) -> tuple[int, dict]:
+    """The request as it reaches an engine whose ports are out of reach."""
+    from mlflow_remote_backend.deployment.docker import DockerKeep
+
+    keep = DockerKeep(engine, container_name(name), name, (0, 0))
+    answer = keep._ask_inside("/invocations", calling.body_of(ONE), calling.JSON, token, 30)
+    return answer.status, json.loads(answer.body)
+
+
 @pytest.mark.docker
 @pytest.mark.registry
 def test_the_token_is_in_no_inspect_and_a_restart_of_the_container_serves_again(
@@ -179,6 +188,8 @@ def test_the_token_is_in_no_inspect_and_a_restart_of_the_container_serves_again(
     made = client.create_deployment("mlr-test-toy", make_model("guarded"), config={**config, "token_env": "THE_TOKEN"})
     assert calling.ask(made["url"], "/invocations", body=calling.body_of(ONE)).status == 401
     assert client.predict("mlr-test-toy", ONE)["predictions"] == [1]
+    assert asked_inside(engine, "mlr-test-toy", "s3cret-token") == (200, {"predictions": [1]})
+    assert asked_inside(engine, "mlr-test-toy", "")[0] == 401
     assert "s3cret" not in json.dumps(engine.inspect(container_name("mlr-test-toy")))
     engine.stop(container_name("mlr-test-toy"), 20)
     assert client.get_deployment("mlr-test-toy")["state"] == "stopped"
