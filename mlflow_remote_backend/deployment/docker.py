@@ -388,7 +388,7 @@ class DockerKeep:
         finally:
             connection.close()
         head, newline, content = out.partition(b"\n")
-        said = json.loads(head) if newline else {"status": 0, "error": words.decode(errors="replace")}
+        said: dict[str, Any] = json.loads(head) if newline else {"status": 0, "error": words.decode(errors="replace")}
         if not said["status"]:
             raise ComputeError(f"Deployment {self._name} did not answer.", words=said["error"], transient=True)
         return Answer(said["status"], content, said["content_type"])
