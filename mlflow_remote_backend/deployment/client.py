@@ -60,9 +60,12 @@ class Screen:
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._terminal = Terminal(out or sys.stderr)
+        self._said = ""
 
     def say(self, line: str) -> None:
-        stderr_line(line)
+        if line != self._said:
+            stderr_line(line)
+        self._said = line
 
     def log(self, data: bytes) -> None:
         self._terminal.write(data)

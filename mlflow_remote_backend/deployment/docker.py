@@ -334,6 +334,9 @@ class DockerKeep:
         self.engine.copy_in(self.container, "/", copying.pack(items, self._owner))
 
     def drop(self, name: str) -> None:
+        """Only housekeeping: where the container does not run, it is left for the next time."""
+        if not self.alive():
+            return
         connection = self.engine.exec(self.container, ["rm", "-rf", f"{FOLDER}/{name}"])
         try:
             for _ in connection.frames(30):

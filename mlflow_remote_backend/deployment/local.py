@@ -243,11 +243,8 @@ class FileTail:
         size = self._path.stat().st_size
         if tail == 0:
             return size
-        with self._path.open("rb") as file:
-            file.seek(max(0, size - tail * 2000))
-            data = file.read()
-        kept = b"".join(data.splitlines(keepends=True)[-tail:])
-        return size - len(kept)
+        data = self._path.read_bytes()  # the keeper bounds its size
+        return len(data) - len(b"".join(data.splitlines(keepends=True)[-tail:]))
 
     def __iter__(self) -> Iterator[bytes]:
         while not self._closed:

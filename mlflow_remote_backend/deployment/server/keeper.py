@@ -75,12 +75,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel killed for this container's memory limit; 0 where that cannot be known."""
-    try:
-        with open("/sys/fs/cgroup/memory.events", encoding="ascii") as file:
-            return int(dict(line.split() for line in file).get("oom_kill", 0))
-    except (OSError, ValueError):
-        return 0
+    """How many processes the kernel killed for this container's memory limit (cgroup 2, cgroup 1); 0 where that cannot
+    be known."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            with open(path, encoding="ascii") as file:
+                return int(dict(line.split() for line in file).get("oom_kill", 0))
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 class Server:
@@ -183,7 +186,7 @@ class Keeper:
         self.serving: Revision | None = None
         self.coming: Revision | None = None
         self.failed: dict[str, Any] | None = None
-        self._kills = oom_kills()
+        self._kills = 0
         self._seen: Any = None
         asked = read_json(self._path("listen.json"))
         self.public = listen(asked["host"], asked["port"])
@@ -231,7 +234,7 @@ class Keeper:
             self.coming = None
         if self.serving is not None and wanted["revision"] == self.serving.number:
             return  # taken back: what serves goes on
-        self.failed = None
+        self.failed, self._kills = None, oom_kills()
         try:
             self.coming = Revision(wanted, self.public)
         except OSError as error:
@@ -255,7 +258,7 @@ class Keeper:
             return
         why = "timeout" if code is None else ""
         if code == -signal.SIGKILL and oom_kills() > self._kills:
-            why, self._kills = "oom", oom_kills()
+            why = "oom"
         coming.end(0)
         self.coming = None
         self.fail(coming.wanted, code, why)

@@ -85,8 +85,14 @@ def main(argv: list[str]) -> int:
     if asked.token_file:
         with open(asked.token_file, encoding="utf-8") as file:
             token = file.read().strip()
-    import uvicorn
+    try:
+        import uvicorn
+    except ImportError:
+        from mlflow.version import VERSION
 
+        sys.exit(
+            f"MLflow {VERSION} in the model's environment has another scoring server; MLflow 3 is needed: log anew."
+        )
     app = application(asked.model, token)
     config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=asked.grace)
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd) for fd in asked.fd])
