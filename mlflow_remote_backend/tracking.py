@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from .errors import RequestError, TrackingError
 from .job import Diagnosis, Phase, RunRef, final_status
 from .project import redact_url
+from .runner.record import Trouble, trouble_of, words_of
 
 PREFIX = "mlflow_remote."
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
@@ -120,13 +121,13 @@ class Tracking:
     def _error(self, doing: str, error: Exception) -> Exception:
         if isinstance(error, TrackingError):
             return error
-        words = redact_url(str(getattr(error, "message", "") or error))
+        words = words_of(error)
         code = str(getattr(error, "error_code", ""))
         status = getattr(error, "get_http_status_code", lambda: 0)()
         where = f"MLflow at {redact_url(self.uri)}"
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return RequestError(f"{where} refused {doing}.", words=words)
-        if "401" in words or "403" in words or code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+        if trouble_of(error) is Trouble.AUTH:
             hint = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
             return TrackingError(f"{where} refused {doing}.", words=words, hint=hint, code="TRACKING_AUTH")
         if not _unanswered(error, words, status):

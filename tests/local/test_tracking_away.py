@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 import time
 
@@ -10,10 +12,12 @@ import mlflow
 import pytest
 from faults import fault_proxy, is_api, is_artifact
 
+from mlflow_remote_backend.errors import TrackingError
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.submitted_run import attach
 from mlflow_remote_backend.testing import artifact, artifacts, ended, stored_log, until
+from mlflow_remote_backend.tracking import Tracking
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -158,6 +162,22 @@ def test_a_lost_answer_makes_no_second_run(server, make_project):
     run = submit(make_project("echo x"))
     assert ended(run).status == "FINISHED"
     assert len(all_runs()) == 1
+
+
+def test_a_port_that_reads_like_a_status_code_is_not_taken_for_one():
+    with socket.socket() as taken:  # bound, and nobody listens
+        port = next(port for port in (14010, 24010, 34010, 44010, 54010) if _binds(taken, port))
+        tracking = Tracking(f"http://127.0.0.1:{port}")
+        with pytest.raises(TrackingError) as caught:
+            tracking.call("reading the run", lambda: tracking.client.get_run("0" * 32), timeout_s=2, retries=0)
+    assert (caught.value.code, caught.value.transient) == ("TRACKING_UNREACHABLE", True)
+
+
+def _binds(to: socket.socket, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        to.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 # -- before anything exists --------------------------------------------------------------------------------------------
