@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +38,9 @@ from .spool import Prepared, Spool
 
 #: Threads that MLflow itself starts and that a forked child can do without.
 _HARMLESS_THREADS = ("MLflowTelemetry", "GetTelemetryConfig")
+#: Threads of the pools that MLflow makes for each transfer of artifacts; they outlast it until they are collected.
+_POOL_THREADS = "Mlflow"
+POOL_ENDS_S = 0.5
 PROCESS_NAME = "mlflow-remote"  # by which execute.py knows a supervisor, and a person who looks at ps
 #: What MLflow imports where it can, and only training and evaluation need. Without them a supervisor that starts anew
 #: takes 131 MB instead of 234, and loads MLflow in two thirds of the time (MLflow 3.17).
@@ -110,10 +115,24 @@ def _fork_is_safe(spec: JobSpec) -> bool:
         return False
     if not survives_fork(spec.run.tracking_uri, spec.run.artifact_uri):
         return False
-    others = [each for each in threading.enumerate() if each is not threading.main_thread()]
-    return threading.current_thread() is threading.main_thread() and all(
-        each.name.startswith(_HARMLESS_THREADS) for each in others
-    )
+    return threading.current_thread() is threading.main_thread() and not _threads_in_the_way()
+
+
+def _threads_in_the_way() -> list[threading.Thread]:
+    """Other threads that may hold a lock. Pools that nobody uses any more are seen off first."""
+    found = _others()
+    if found and all(each.name.startswith(_POOL_THREADS) for each in found):
+        gc.collect()
+        deadline = time.monotonic() + POOL_ENDS_S
+        for each in found:
+            each.join(max(0.0, deadline - time.monotonic()))
+        found = _others()
+    return found
+
+
+def _others() -> list[threading.Thread]:
+    known = (each for each in threading.enumerate() if each is not threading.main_thread())
+    return [each for each in known if not each.name.startswith(_HARMLESS_THREADS)]
 
 
 def _fork(folder: RunFolder, lock: int, program: str, start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import urllib.request
@@ -193,7 +194,7 @@ def make_job(tmp_path: Path) -> MakeJob:
             snapshot=SnapshotRef(digest, archive.stat().st_size),
             environment=fields.pop("environment", None) or docker_environment(),
             compute="docker",
-            options={"image": image, "pull": "missing", "env_cache": "mlflow-remote-test", **options},
+            options={"image": image, "pull": "missing", "env_cache": "mlflow-remote-test", **_pinned(options)},
             **fields,
         )
         folder.create(spec)
@@ -201,6 +202,11 @@ def make_job(tmp_path: Path) -> MakeJob:
         return Job(spec, folder, dict(os.environ if environ is None else environ), secrets, DockerProgram())
 
     return make
+
+
+def _pinned(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As ``submit`` hands them to the supervisor: with the engine that was checked, whatever its environment says."""
+    return {**options, "endpoint": dataclasses.asdict(Endpoint.from_options(options, os.environ))}
 
 
 def docker_environment() -> Any:

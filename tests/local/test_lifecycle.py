@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc as garbage
 import os
 import signal
 import subprocess
@@ -63,6 +64,23 @@ def is_alive(pid):
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_a_submitter_that_has_downloaded_artifacts_still_forks(sqlite_tracking, make_project, tmp_path):
+    """MLflow leaves a pool of idle threads behind for each download, until they are collected."""
+    with mlflow.start_run() as earlier:
+        mlflow.log_text("text", "file")
+    garbage.disable()  # so that the pool is surely still there
+    try:
+        mlflow.artifacts.download_artifacts(run_id=earlier.info.run_id, artifact_path="file", dst_path=str(tmp_path))
+        assert threading.active_count() > 1
+        run = submit(make_project("true"))
+    finally:
+        garbage.enable()
+    pid = until(lambda: folder_of(run).said().get("pid"), 60, "a supervisor")
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert command == Path("/proc/self/cmdline").read_bytes()
+    assert ended(run).status == "FINISHED"
 
 
 # -- the submitter dies ------------------------------------------------------------------------------------------------
