@@ -15,6 +15,7 @@ from typing import Any
 import docker
 import pytest
 
+from mlflow_remote_backend.compute.docker import leftovers
 from mlflow_remote_backend.compute.docker import request as docker_request
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
 from mlflow_remote_backend.compute.docker.program import DockerProgram
@@ -27,6 +28,7 @@ from mlflow_remote_backend.runner.supervise import Start
 
 PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
 SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE", "local/shell:1")
+NOBODY = f"http://tracking-{os.getpid()}.test"  # the tracking server of jobs that have none
 DEADLINE_S = 60
 
 
@@ -84,15 +86,22 @@ def image_with(client: Any, engine: Engine) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_on_the_engine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test makes under our label must be gone after it; then it is removed all the same."""
+    """Whatever a test makes under our label must be gone after it; then it is removed all the same.
+
+    It is known by its tracking server: others may use this engine at the same time.
+    """
     if request.node.get_closest_marker("docker") is None:
         yield
         return
     engine = request.getfixturevalue("engine")
-    before = _ours(engine)
+    servers = [
+        request.getfixturevalue(each) for each in ("tracking", "sqlite_tracking") if each in request.fixturenames
+    ]
+    marks = {docker_request.tracking_mark(uri) for uri in (NOBODY, *servers)}
+    before = _ours(engine, marks)
     yield
     deadline = time.monotonic() + 10
-    while (left := _ours(engine) - before) and time.monotonic() < deadline:
+    while (left := _ours(engine, marks) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     for _, name in sorted(left):
         engine.remove(name)
@@ -100,9 +109,8 @@ def nothing_left_on_the_engine(request: pytest.FixtureRequest) -> Iterator[None]
     assert not left
 
 
-def _ours(engine: Engine) -> set[tuple[str, str]]:
-    containers = {("container", each["Names"][0].lstrip("/")) for each in engine.containers(docker_request.RUN_LABEL)}
-    return containers | {("volume", each["Name"]) for each in engine.volumes(docker_request.RUN_LABEL)}
+def _ours(engine: Engine, marks: set[str]) -> set[tuple[str, str]]:
+    return {(each.kind, each.name) for each in leftovers.leftovers(engine) if each.tracking in marks}
 
 
 @dataclass
@@ -184,9 +192,7 @@ def make_job(tmp_path: Path) -> MakeJob:
         folder = RunFolder(run_id, tmp_path / "state")
         archive, digest = _archive(tmp_path, files)
         spec = JobSpec(
-            run=RunRef(
-                run_id, "0", "mlflow-artifacts:/0/x/artifacts", fields.pop("tracking_uri", "http://tracking.test")
-            ),
+            run=RunRef(run_id, "0", "mlflow-artifacts:/0/x/artifacts", fields.pop("tracking_uri", NOBODY)),
             submission_id=uuid.uuid4().hex,
             project_name="test",
             entry_point=EntryPoint("main", command),
