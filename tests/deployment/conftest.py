@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from tracking_server import copy_database
 
+pytest.register_assert_rewrite("deployment_contract")
+
 SAMPLE = Path(__file__).parents[2] / "sample_project"
 
 #: Loads in ``model/`` a module of the model's own code, whose ``_load_pyfunc`` is the test's.

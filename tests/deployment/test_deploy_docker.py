@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from pathlib import Path
 
-import pandas
 import pytest
+from deployment_contract import NAME, ONE, TargetContract
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
@@ -20,8 +19,6 @@ from mlflow_remote_backend.job import Resources
 
 PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
 CACHE_VOLUME = "mlflow-remote-test-deployments"
-ONE = pandas.DataFrame({"x": [0.0]})
-needs_both = [pytest.mark.docker, pytest.mark.registry]
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +54,11 @@ def client(engine, monkeypatch, cache_folder):
         if each["Id"] not in before:
             made.delete_deployment(each["Labels"][NAME_LABEL])
     assert {each["Id"] for each in engine.containers(NAME_LABEL)} == before
+
+
+@pytest.fixture
+def left(engine):
+    return lambda: [each["Names"] for each in engine.containers(NAME_LABEL) if each["Labels"][NAME_LABEL] == NAME]
 
 
 def spec(**fields) -> DeploymentSpec:
@@ -104,51 +106,23 @@ def test_what_a_running_container_cannot_become_is_refused():
 
 @pytest.mark.docker
 @pytest.mark.registry
-def test_train_register_deploy_predict_update_delete(trained, client, config, engine, capfd):
-    made = client.create_deployment("mlr-test-diabetes", trained.model, config={**config, "memory_gb": 1})
-    assert (made["state"], made["compute"], made["model_version"]) == ("ready", "docker", "diabetes/1")
-    answer = client.predict("mlr-test-diabetes", trained.data)
-    assert list(answer["predictions"]) == pytest.approx(trained.predicted, rel=1e-9)
-    with pytest.raises(MlflowException, match="missing inputs"):
-        client.predict("mlr-test-diabetes", trained.data.drop(columns=["bmi"]))
-    found = engine.inspect(container_name("mlr-test-diabetes"))
-    assert found["HostConfig"]["Memory"] == 2**30
-    later = client.update_deployment("mlr-test-diabetes", config={"memory_gb": 1.5, "workers": 2})
-    assert (later["revision"], later["url"], later["workers"]) == (2, made["url"], 2)
-    assert engine.inspect(container_name("mlr-test-diabetes"))["HostConfig"]["Memory"] == int(1.5 * 2**30)
-    assert client.predict("mlr-test-diabetes", trained.data) == answer
-    client.delete_deployment("mlr-test-diabetes")
-    assert engine.inspect(container_name("mlr-test-diabetes")) is None
-    assert "Application startup complete" in capfd.readouterr().err
+class TestDocker(TargetContract):
+    pass
 
 
 @pytest.mark.docker
 @pytest.mark.registry
-def test_an_update_under_load_fails_not_one_request_and_a_broken_one_changes_nothing(client, config, make_model):
-    made = client.create_deployment("mlr-test-toy", make_model("first"), config=config)
-    answers, stop = [], threading.Event()
+def test_limits_follow_an_update_and_are_whole_again_after_a_failed_one(client, config, make_model, engine):
+    def limit() -> int:
+        return engine.inspect(container_name(NAME))["HostConfig"]["Memory"]
 
-    def load() -> None:
-        while not stop.is_set():
-            try:
-                answer = calling.ask(made["url"], "/invocations", body=calling.body_of(ONE), timeout_s=30)
-                answers.append((answer.status, json.loads(answer.body)["predictions"]))
-            except Exception as error:  # noqa: BLE001  whatever it is, it is a request that failed
-                answers.append((0, repr(error)))
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    try:
-        with pytest.raises(MlflowException, match="Revision 1 still serves"):
-            client.update_deployment("mlr-test-toy", make_model("broken", loads="raise RuntimeError('no such luck')"))
-        client.update_deployment("mlr-test-toy", make_model("second", predicts="2"))
-        assert client.predict("mlr-test-toy", ONE)["predictions"] == [2]
-    finally:
-        stop.set()
-        thread.join()
-    assert {status for status, _ in answers} == {200}, answers
-    with pytest.raises(MlflowException, match="There is a deployment mlr-test-toy on docker already"):
-        client.create_deployment("mlr-test-toy", make_model("third"), config=config)
+    client.create_deployment(NAME, make_model("first"), config={**config, "memory_gb": 1})
+    assert limit() == 2**30
+    with pytest.raises(MlflowException, match="exit code 7"):
+        client.update_deployment(NAME, make_model("broken", loads="os._exit(7)"), config={"memory_gb": 2})
+    assert limit() == 2**30
+    client.update_deployment(NAME, config={"memory_gb": 1.5})
+    assert limit() == int(1.5 * 2**30)
 
 
 @pytest.mark.docker
@@ -156,9 +130,9 @@ def test_an_update_under_load_fails_not_one_request_and_a_broken_one_changes_not
 def test_a_model_that_is_too_large_is_said_to_be_and_leaves_nothing(client, config, make_model, engine):
     greedy = make_model("greedy", loads="kept = [bytearray(os.urandom(1)) * (64 << 20) for _ in range(100)]")
     with pytest.raises(MlflowException, match="memory limit") as failed:
-        client.create_deployment("mlr-test-toy", greedy, config={**config, "resources": {"memory": "400Mi"}})
+        client.create_deployment(NAME, greedy, config={**config, "resources": {"memory": "400Mi"}})
     assert failed.value.code == "OOM"
-    assert engine.inspect(container_name("mlr-test-toy")) is None
+    assert engine.inspect(container_name(NAME)) is None
 
 
 @pytest.mark.docker
@@ -166,8 +140,8 @@ def test_a_model_that_is_too_large_is_said_to_be_and_leaves_nothing(client, conf
 def test_an_environment_that_cannot_be_solved_is_said_before_anything_exists(client, config, make_model, engine):
     odd = make_model("odd", requirements=("numpy>=1000",))
     with pytest.raises(MlflowException, match="numpy"):
-        client.create_deployment("mlr-test-toy", odd, config=config)
-    assert engine.inspect(container_name("mlr-test-toy")) is None
+        client.create_deployment(NAME, odd, config=config)
+    assert engine.inspect(container_name(NAME)) is None
 
 
 def asked_inside(engine, name: str, token: str) -> tuple[int, dict]:
@@ -185,14 +159,14 @@ def test_the_token_is_in_no_inspect_and_a_restart_of_the_container_serves_again(
     client, config, make_model, engine, monkeypatch, until
 ):
     monkeypatch.setenv("THE_TOKEN", "s3cret-token")
-    made = client.create_deployment("mlr-test-toy", make_model("guarded"), config={**config, "token_env": "THE_TOKEN"})
+    made = client.create_deployment(NAME, make_model("guarded"), config={**config, "token_env": "THE_TOKEN"})
     assert calling.ask(made["url"], "/invocations", body=calling.body_of(ONE)).status == 401
-    assert client.predict("mlr-test-toy", ONE)["predictions"] == [1]
-    assert asked_inside(engine, "mlr-test-toy", "s3cret-token") == (200, {"predictions": [1]})
-    assert asked_inside(engine, "mlr-test-toy", "")[0] == 401
-    assert "s3cret" not in json.dumps(engine.inspect(container_name("mlr-test-toy")))
-    engine.stop(container_name("mlr-test-toy"), 20)
-    assert client.get_deployment("mlr-test-toy")["state"] == "stopped"
-    engine.start(container_name("mlr-test-toy"))
-    until(lambda: client.get_deployment("mlr-test-toy")["state"] == "ready", 60)
-    assert client.predict("mlr-test-toy", ONE)["predictions"] == [1]
+    assert client.predict(NAME, ONE)["predictions"] == [1]
+    assert asked_inside(engine, NAME, "s3cret-token") == (200, {"predictions": [1]})
+    assert asked_inside(engine, NAME, "")[0] == 401
+    assert "s3cret" not in json.dumps(engine.inspect(container_name(NAME)))
+    engine.stop(container_name(NAME), 20)
+    assert client.get_deployment(NAME)["state"] == "stopped"
+    engine.start(container_name(NAME))
+    until(lambda: client.get_deployment(NAME)["state"] == "ready", 60)
+    assert client.predict(NAME, ONE)["predictions"] == [1]
