@@ -41,6 +41,7 @@ PORTS = range(20000, 32000)  # where a free one is looked for: below those that 
 PORT_ATTEMPTS = 20
 STOP_MARGIN_S = 15
 ASK_MARGIN_S = 10.0
+READ_ATTEMPTS = 5
 
 
 class DockerTarget(KeptTarget):
@@ -318,13 +319,19 @@ class DockerKeep:
         return int((self._found().get("HostConfig") or {}).get("Memory") or 0)
 
     def read(self, name: str) -> bytes | None:
-        try:
-            found = copying.files(self.engine.copy_out(self.container, f"{FOLDER}/{name}"))
-            return b"".join(stream.read() for _, stream in found)
-        except Refused as error:
-            if error.missing:
-                return None
-            raise
+        """A file that its writer replaces while the engine packs it comes cut off: then it is asked for again."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                found = copying.files(self.engine.copy_out(self.container, f"{FOLDER}/{name}"))
+                return b"".join(stream.read() for _, stream in found)
+            except Refused as error:
+                if error.missing:
+                    return None
+                raise
+            except OSError as error:
+                words = str(error)
+        what = f"{name} of deployment {self._name} cannot be read out of its container."
+        raise ComputeError(what, words=words, transient=True)
 
     def put(self, files: Sequence[File]) -> None:
         """What others wait for (the last file) goes in beside its place first: a copy is seen while it grows."""

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
 from mlflow_remote_backend.deployment import calling
-from mlflow_remote_backend.deployment.docker import DockerTarget, container, container_name
+from mlflow_remote_backend.deployment.docker import DockerKeep, DockerTarget, container, container_name
 from mlflow_remote_backend.deployment.spec import NAME_LABEL, DeploymentSpec, ModelRef, Service
 from mlflow_remote_backend.job import Resources
 
@@ -104,6 +104,26 @@ def test_what_a_running_container_cannot_become_is_refused():
         target.refuse_change(None, spec(), spec(options={"user": "7"}))
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again():
+    """The engine packs a file by its name twice: first its size, then its content."""
+    import io
+    import tarfile
+
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        member = tarfile.TarInfo("state.json")
+        member.size = 2000
+        archive.addfile(member, io.BytesIO(b"x" * 2000))
+
+    class Torn:
+        answers = [whole.getvalue()[:1000], whole.getvalue()]
+
+        def copy_out(self, container: str, path: str):
+            yield self.answers.pop(0)
+
+    assert DockerKeep(Torn(), "c", NAME, (0, 0)).read("state.json") == b"x" * 2000
+
+
 @pytest.mark.docker
 @pytest.mark.registry
 class TestDocker(TargetContract):
@@ -146,8 +166,6 @@ def test_an_environment_that_cannot_be_solved_is_said_before_anything_exists(cli
 
 def asked_inside(engine, name: str, token: str) -> tuple[int, dict]:
     """The request as it reaches an engine whose ports are out of reach."""
-    from mlflow_remote_backend.deployment.docker import DockerKeep
-
     keep = DockerKeep(engine, container_name(name), name, (0, 0))
     answer = keep._ask_inside("/invocations", calling.body_of(ONE), calling.JSON, token, 30)
     return answer.status, json.loads(answer.body)
