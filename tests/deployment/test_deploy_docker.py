@@ -115,11 +115,11 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again():
         member.size = 2000
         archive.addfile(member, io.BytesIO(b"x" * 2000))
 
-    class Torn:
-        answers = [whole.getvalue()[:1000], whole.getvalue()]
+    answers = [whole.getvalue()[:1000], whole.getvalue()]
 
+    class Torn:
         def copy_out(self, container: str, path: str):
-            yield self.answers.pop(0)
+            yield answers.pop(0)
 
     assert DockerKeep(Torn(), "c", NAME, (0, 0)).read("state.json") == b"x" * 2000
 
