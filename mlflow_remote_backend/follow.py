@@ -21,15 +21,28 @@ from typing import Any, TextIO
 from .compute.base import Compute, JobHandle
 from .display import Terminal, harmless
 from .errors import Detached, RemoteError
-from .job import Diagnosis, JobStatus, Phase, Reason
+from .job import VAGUE_REASONS, Diagnosis, JobStatus, Phase, Reason
 from .tracking import PREFIX, RunView, Tracking
 
 POLL_S = 0.1  # of the compute's status; it answers from memory or from files
 LOG_PAUSE_S = 0.05
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
+CAUSE_PATIENCE_S = 5.0  # a compute may tell some seconds after the end what was behind it
 TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
 
+#: What only a compute can know of a program that was stopped from outside.
+CAUSES = frozenset(
+    {
+        Reason.OOM,
+        Reason.EVICTED,
+        Reason.PREEMPTED,
+        Reason.NODE_LOST,
+        Reason.NODE_REJECTED,
+    }
+)
+#: The same, but only at the time: finished jobs are deleted too, and namespaces long after their jobs.
+CAUSES_THEN = CAUSES | {Reason.JOB_DELETED, Reason.NAMESPACE_TERMINATING}
 DETACH_SIGNALS = ("SIGTERM", "SIGHUP")
 
 
@@ -206,6 +219,7 @@ class Follower:
         self._grace_period_s = grace_period_s
         self._terminal = Terminal(out) if out is not None else None
         self._told = ""
+        self._cause: Diagnosis | None = None  # what befell the running job, as its compute told it
         self._furthest = Phase.CREATING
         self._attempt = 0
         self._silent: dict[str, float] = {}  # who does not answer, and since when; inf: it was told
@@ -224,7 +238,22 @@ class Follower:
                 with contextlib.suppress(RemoteError):
                     pump.finish()
                 self._end_display()
-            return view
+            return self._with_known_cause(view)
+
+    def _with_known_cause(self, view: RunView) -> RunView:
+        """The run with the cause in it that we saw, where its runner could only tell that it was stopped."""
+        until = time.monotonic() + CAUSE_PATIENCE_S
+        while self._compute is not None and is_vague(view):
+            with contextlib.suppress(RemoteError):
+                status = self._compute.status(self._handle)
+                if refine(self._tracking, view, self._cause or afterwards(status)):
+                    return self._tracking.view(self.run_id)
+                if status.gone:
+                    break
+            if time.monotonic() > until:
+                break
+            time.sleep(POLL_S)
+        return view
 
     def _pump(self) -> LogPump | None:
         if self._compute is None and self._terminal is None:
@@ -298,6 +327,9 @@ class Follower:
             self._silence("compute", error)
             return None
         self._silent.pop("compute", None)
+        found = status.diagnosis
+        if status.phase in (Phase.RUNNING, Phase.FINALIZING) and found is not None and found.reason in CAUSES_THEN:
+            self._cause = found
         self._tell(status)
         return status
 
@@ -369,6 +401,28 @@ def settle(tracking: Tracking, compute: Compute | None, handle: JobHandle, run_i
         compute.collect(handle)
     else:
         compute.cancel(handle)
+
+
+def is_vague(view: RunView) -> bool:
+    """Whether the run has ended and its reason may be told better by somebody who saw more."""
+    return view.ended and view.tag("reason") in (each.value for each in VAGUE_REASONS)
+
+
+def afterwards(status: JobStatus) -> Diagnosis | None:
+    """What the compute still shows of why a job ended, where that is certain."""
+    found = status.diagnosis
+    return found if found is not None and found.reason in CAUSES else None
+
+
+def refine(tracking: Tracking, view: RunView, found: Diagnosis | None) -> bool:
+    """Tell the cause of a run that ended for a vague reason, in tags and ``logs/error.txt``. Never its status.
+
+    True if it did. Raises TrackingError.
+    """
+    if found is None or not is_vague(view):
+        return False
+    tracking.refine(view, found)
+    return True
 
 
 def request_cancel(

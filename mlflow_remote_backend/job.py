@@ -63,6 +63,10 @@ class Reason(str, enum.Enum):
 KILLED_REASONS = frozenset({Reason.CANCELLED})
 
 
+#: Reasons that say no more than how it looked from inside: whoever knows what was behind it may tell that instead.
+VAGUE_REASONS = frozenset({Reason.TERMINATED, Reason.KILLED_BY_SYSTEM})
+
+
 def final_status(reason: Reason) -> str:
     """MLflow's terminal status (a RunStatus name) for a reason: the one table that decides it."""
     if reason is Reason.OK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import sys
 import time
@@ -17,7 +18,7 @@ from . import compute as computes
 from . import submission_folder
 from .compute.base import Compute, JobHandle
 from .errors import ComputeError, Detached, RemoteError, RequestError, RunFailed
-from .follow import Follower, Log, hopeless, request_cancel, settle, stderr_line
+from .follow import Follower, Log, afterwards, hopeless, is_vague, refine, request_cancel, settle, stderr_line
 from .job import Diagnosis, Phase, Reason
 from .tracking import RunView, Tracking
 
@@ -25,6 +26,7 @@ CREATING_PATIENCE_S = (
     15 * 60
 )  # how long a run may be in phase creating when nobody can tell whether its submitter lives
 TAIL_LINES = 40
+EXPLAIN_TRIES = 3  # a compute that shows no cause then will not
 
 
 class RemoteExecutionException(ExecutionException):  # type: ignore[misc]
@@ -70,6 +72,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         self._grace_period_s = grace_period_s
         self._raises = raises
         self._shown = False  # the log, to its end
+        self._explains_tried = 0  # how often the compute was asked why the run ended
         self.cancelled_here = False  # by Ctrl-C, while following
 
     @property
@@ -169,9 +172,18 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
             return ""
 
     def view(self) -> RunView:
-        """The run as MLflow has it now. Ends a run first whose job is proven dead."""
+        """The run as MLflow has it now. Ends a run first whose job is proven dead, and tells a cause that is shown."""
         view = self._tracking.view(self._run_id)
-        return view if view.ended else self._settled(view)
+        return self._explained(view) if view.ended else self._settled(view)
+
+    def _explained(self, view: RunView) -> RunView:
+        if self._compute is None or not is_vague(view) or self._explains_tried >= EXPLAIN_TRIES:
+            return view
+        self._explains_tried += 1
+        with contextlib.suppress(RemoteError):
+            if refine(self._tracking, view, afterwards(self._compute.status(self._handle))):
+                return self._tracking.view(self._run_id)
+        return view
 
     def _settled(self, view: RunView) -> RunView:
         if not created(view):

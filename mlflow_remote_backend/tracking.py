@@ -24,6 +24,7 @@ from .project import redact_url
 from .runner.record import Trouble, trouble_of, words_of
 
 PREFIX = "mlflow_remote."
+ERROR = "logs/error.txt"
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 CALL_TIMEOUT_S = 10
 CALL_RETRIES = 2
@@ -305,21 +306,22 @@ class Tracking:
         """Write the one final status, on proof that no runner will. Does nothing where it is written already."""
         if self.view(run_id).ended:
             return
-        title = f"{diagnosis.reason.value}: {diagnosis.message}"
-        text = "\n\n".join(filter(None, (title, diagnosis.words, diagnosis.hint)))
         with contextlib.suppress(TrackingError):  # the status matters more than its explanation
-            self.store_text(run_id, text + "\n", "logs/error.txt")
-        tags = {
-            PREFIX + "reason": diagnosis.reason.value,
-            PREFIX + "message": " ".join(filter(None, (diagnosis.message, diagnosis.words))),
-            PREFIX + "phase": Phase.DONE.value,
-        }
+            self.store_text(run_id, _error_text(diagnosis), ERROR)
+        tags = {**_cause_tags(diagnosis), PREFIX + "phase": Phase.DONE.value}
         if exit_code is not None:
             tags[PREFIX + "exit_code"] = str(exit_code)
         self.set_tags(run_id, tags)
         status = final_status(diagnosis.reason)
         self.call("ending the run", lambda: self.client.set_terminated(run_id, status))
         self.set_tags(run_id, {PREFIX + "finalized": owner})
+
+    def refine(self, view: RunView, diagnosis: Diagnosis) -> None:
+        """Tell why an ended run ended better than its runner could. Its status stays; what was said before too."""
+        with contextlib.suppress(TrackingError):
+            before = (self.read_artifact(view.run_id, ERROR) or b"").decode(errors="replace")
+            self.store_text(view.run_id, f"{_error_text(diagnosis)}\nSeen from inside:\n\n{before}", ERROR)
+        self.set_tags(view.run_id, _cause_tags(diagnosis))
 
     def register_model(self, view: RunView, name: str, path: str, tags: Mapping[str, str]) -> Any:
         """A new version of the registered model ``name`` from the run's model or artifact ``path``."""
@@ -353,6 +355,16 @@ class Tracking:
                 return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
 
         return self.call(f"fetching model {redact_url(uri)}", fetch, timeout_s=FETCH_TIMEOUT_S)
+
+
+def _error_text(diagnosis: Diagnosis) -> str:
+    title = f"{diagnosis.reason.value}: {diagnosis.message}"
+    return "\n\n".join(filter(None, (title, diagnosis.words, diagnosis.hint))) + "\n"
+
+
+def _cause_tags(diagnosis: Diagnosis) -> dict[str, str]:
+    message = " ".join(filter(None, (diagnosis.message, diagnosis.words)))
+    return {PREFIX + "reason": diagnosis.reason.value, PREFIX + "message": message}
 
 
 def _view(run: Any) -> RunView:

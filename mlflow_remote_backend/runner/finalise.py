@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..job import JobSpec, Phase, Reason, final_status
+from ..job import VAGUE_REASONS, JobSpec, Phase, Reason, final_status
 from . import failure, outputs
 from .outputs import Problem
 from .parts import LogUploader
@@ -178,15 +178,18 @@ class _End:
         self._gave_up: RecordError | None = None
 
     def run(self) -> Outcome:
+        known_better = False
         try:
-            if not self._patiently(self._job.record.look).tags.get("finalized"):
+            look = self._patiently(self._job.record.look)
+            known_better = self._known_better(look)
+            if not look.tags.get("finalized"):
                 self._patiently(self._job.claim)
                 self._job.record.log({"phase": Phase.FINALIZING.value})
         except RecordError as error:
             if error.trouble is Trouble.GONE:
                 return self._outcome(gone=True)
         self._try("the log", lambda: self._uploader.step(final=True))
-        if self._verdict.status == "FAILED":
+        if self._verdict.status == "FAILED" and not known_better:
             self._try(ERROR, self._upload_error)
         if will_retry(self._verdict, self._job.spec.retry, self._job.attempt):
             return self._leave_to_next_attempt()
@@ -277,12 +280,21 @@ class _End:
 
     def _add_what_we_know(self, look: RunLook) -> Outcome:
         """Somebody ended the run, on proof that seemed good. The status stays theirs; the cause may be told better."""
+        if self._known_better(look):
+            return self._outcome(finalized=True)
         if look.status == final_status(self._verdict.reason):
             self._patiently(lambda: self._job.record.log(self._tags()))
         elif look.tags["finalized"] != self._job.owner:
             said = f"{self._verdict.reason.value}: {self._verdict.message}"
             self._patiently(lambda: self._job.record.log({"conflict": f"{self._job.owner} saw {said}"}))
         return self._outcome(finalized=True)
+
+    def _known_better(self, look: RunLook) -> bool:
+        """Somebody who saw more than we do ended the run: an image that is not there, a node that was drained."""
+        said = look.tags.get("reason", "") if look.tags.get("finalized") else ""
+        told_to_stop = self._job.spool.started() is None and "cancel_requested" not in look.tags
+        vague = VAGUE_REASONS | ({Reason.CANCELLED} if told_to_stop else frozenset())
+        return self._verdict.reason in vague and said in Reason.__members__ and Reason[said] not in vague
 
     def _write_end(self, look: RunLook) -> None:
         record = self._job.record

@@ -33,7 +33,7 @@ from .record import Backoff, RecordError, RunRecord, Trouble
 from .spool import Spool
 
 POLL_S = 0.05
-LAST_WORDS_S = 2.0  # for the exit record of an execute that is gone: it may still be on its way from a container
+LAST_WORDS_S = 2.0  # for the record of an execute or prepare that is gone: it may still be on its way
 UPLOAD_LOOK_S = 0.5
 TELL_S = 0.2  # how late a change of phase may be told
 LOOK_S = 10.0  # at the run, plus up to half of it, so that many runs do not ask at once
@@ -119,20 +119,23 @@ class _Watch:
             thread.join()
 
     def _has_ended(self) -> bool:
-        spool, alive = self._job.spool, self._alive()
-        if self._phase is Phase.PREPARING:
-            if spool.started() is not None:
-                self._enter(Phase.RUNNING)
-            elif (prepared := spool.prepared()) is not None and prepared.failed:
-                return True
-        return spool.exit() is not None or not (alive or self._exit_comes())
+        alive = self._alive()
+        if self._phase is Phase.PREPARING and self._job.spool.started() is not None:
+            self._enter(Phase.RUNNING)
+        return self._recorded_end() or not (alive or self._exit_comes())
 
     def _exit_comes(self) -> bool:
-        """Whether the exit record of an execute that is gone still arrives."""
+        """Whether the last record of an execute, or prepare, that is gone still arrives."""
         until = time.monotonic() + LAST_WORDS_S
-        while self._phase is Phase.RUNNING and self._job.spool.exit() is None and time.monotonic() < until:
+        if self._phase is Phase.PREPARING and self._job.spool.cancel_requested():
+            until = 0.0  # it would tell nothing new
+        while not (ended := self._recorded_end()) and time.monotonic() < until:
             time.sleep(POLL_S)
-        return self._job.spool.exit() is not None
+        return ended
+
+    def _recorded_end(self) -> bool:
+        prepared = self._job.spool.prepared() if self._phase is Phase.PREPARING else None
+        return self._job.spool.exit() is not None or (prepared is not None and bool(prepared.failed))
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase

@@ -330,6 +330,26 @@ def test_a_follower_that_was_right_about_the_status_may_be_told_the_cause(sqlite
     assert (left.status, left.tags["reason"], left.tags["finalized"]) == ("FAILED", "ENVIRONMENT", "follower")
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["told by SIGTERM", "told by the run"])
+def test_a_runner_that_knows_less_than_who_ended_the_run_adds_nothing(
+    sqlite_run: RunRef, tmp_path: Path, asked: bool
+) -> None:
+    """The image is not there: a follower says so, ends the run and deletes the pod, which the sidecar notices."""
+    spool = Spool.create(tmp_path / "spool")
+    spool.write_prepared(Prepared())
+    if asked:
+        spool.request_cancel()
+    record = RunRecord(sqlite_run)
+    record.log({"reason": "IMAGE_PULL", "message": "No such image.", "finalized": "follower"})
+    record.upload(b"IMAGE_PULL: No such image.", "logs/error.txt")
+    record.end("FAILED")
+    assert finish(spec_of(sqlite_run), spool.path, record).finalized
+    left = left_of(sqlite_run, tmp_path)
+    assert (left.status, left.tags["reason"], left.tags["message"]) == ("FAILED", "IMAGE_PULL", "No such image.")
+    assert left.artifacts["logs/error.txt"] == b"IMAGE_PULL: No such image."
+    assert "conflict" not in left.tags
+
+
 def test_of_two_runners_the_later_one_owns_the_end(
     sqlite_run: RunRef, start: Callable[..., Observed], until: Until
 ) -> None:

@@ -163,6 +163,8 @@ class KubernetesCompute:
         status = diagnosis.assess(seen)
         if status.gone:  # proof is what the API says now, not what a watch said a moment ago
             before, seen = seen, self._read(api, address, handle.uid)
+            if seen.job is None and not seen.pods:
+                seen = dataclasses.replace(seen, namespace_terminating=_is_ending(api, address.namespace))
             status = diagnosis.assess(seen)
             status = _with_memory(status, seen, self._seen.get(handle.url, (0.0, before))[1])
         if _needs_events(status, seen):
@@ -323,6 +325,15 @@ class KubernetesCompute:
 
     def _jobs_path(self, api: Api) -> str:
         return f"/apis/batch/v1/namespaces/{self._namespace_of(api)}/jobs"
+
+
+def _is_ending(api: Api, namespace: str) -> bool:
+    """The namespace is being deleted, or is gone. False where it may not be read."""
+    try:
+        found = api.get(f"/api/v1/namespaces/{namespace}", patience_s=STATUS_PATIENCE_S).body
+    except ApiError as error:
+        return error.status == 404
+    return (found.get("status") or {}).get("phase") == "Terminating"
 
 
 def _with_memory(status: JobStatus, now: Observation, before: Observation) -> JobStatus:

@@ -11,7 +11,7 @@ import json
 import signal
 from typing import Any
 
-from ...job import Diagnosis, Reason
+from ...job import VAGUE_REASONS, Diagnosis, Reason
 from . import objects
 from .manifest import MAIN, OBSERVE, PREPARE
 from .objects import Container, Raw
@@ -62,9 +62,12 @@ _HINTS = {
 
 def cause(pod: Raw) -> Diagnosis:
     """Why a pod that has ended did so. Reason OK: its program ended well and our runner had nothing to say."""
+    recorded = _recorded(pod)
+    vague = recorded is not None and recorded.reason in VAGUE_REASONS
     return (
         _whole_pod(pod)
-        or _recorded(pod)
+        or (_out_of_memory_as_a_whole(pod) if vague else None)
+        or recorded
         or _prepare(objects.container(pod, PREPARE))
         or _program(objects.container(pod, MAIN), pod)
     )
@@ -108,6 +111,13 @@ def _recorded(pod: Raw) -> Diagnosis | None:
     if reason not in Reason.__members__ or reason == Reason.OK.value:
         return None
     return Diagnosis(Reason[reason], str(said.get("message") or reason), str(said.get("words") or ""))
+
+
+def _out_of_memory_as_a_whole(pod: Raw) -> Diagnosis | None:
+    """The kernel took a container as a whole, execute or prepare with it, which our runner can only guess."""
+    if objects.container(pod, PREPARE).reason == "OOMKilled":
+        return _prepare(objects.container(pod, PREPARE))
+    return _out_of_memory() if objects.container(pod, MAIN).reason == "OOMKilled" else None
 
 
 def runner_record(pod: Raw) -> dict[str, Any]:
