@@ -35,6 +35,8 @@ TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
 CAUSES = frozenset(
     {
         Reason.OOM,
+        Reason.CONTAINER_CONFIG,
+        Reason.BOOTSTRAP,
         Reason.EVICTED,
         Reason.PREEMPTED,
         Reason.NODE_LOST,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import RequestError, TrackingError
-from .job import Diagnosis, Phase, RunRef, final_status
+from .job import Diagnosis, Phase, Reason, RunRef, final_status
 from .project import redact_url
 from .runner.record import Trouble, trouble_of, words_of
 
@@ -273,7 +273,14 @@ class Tracking:
     # -- looking, and ending -------------------------------------------------------------------------------------------
 
     def view(self, run_id: str) -> RunView:
-        return _view(self.call(f"reading run {run_id}", lambda: self.client.get_run(run_id)))
+        """The run now. Where it was finalised and somebody wrote another status since, the right one is put back."""
+        run = self.call(f"reading run {run_id}", lambda: self.client.get_run(run_id))
+        view = _view(run)
+        if view.ended and (run.info.status != view.status or run.data.tags.get(PREFIX + "phase") != Phase.DONE.value):
+            with contextlib.suppress(TrackingError, RequestError):
+                self.call("ending the run", lambda: self.client.set_terminated(run_id, view.status))
+                self.set_tags(run_id, {PREFIX + "phase": Phase.DONE.value})
+        return view
 
     def resolve(self, start: str) -> str:
         """The full run id that starts with ``start``. Raises RequestError: none, or more than one."""
@@ -315,6 +322,7 @@ class Tracking:
         status = final_status(diagnosis.reason)
         self.call("ending the run", lambda: self.client.set_terminated(run_id, status))
         self.set_tags(run_id, {PREFIX + "finalized": owner})
+        self.view(run_id)  # whoever ended it at the same moment for another reason: the reason that stands decides
 
     def refine(self, view: RunView, diagnosis: Diagnosis) -> None:
         """Tell why an ended run ended better than its runner could. Its status stays; what was said before too."""
@@ -368,12 +376,15 @@ def _cause_tags(diagnosis: Diagnosis) -> dict[str, str]:
 
 
 def _view(run: Any) -> RunView:
-    info = run.info
+    """Once a run is finalised its reason decides: MLflow compares nothing before it sets a status."""
+    info, tags = run.info, run.data.tags
+    reason = tags.get(PREFIX + "reason", "")
+    decided = bool(tags.get(PREFIX + "finalized")) and reason in Reason.__members__
     return RunView(
         info.run_id,
         info.experiment_id,
         info.run_name or "",
-        info.status,
+        final_status(Reason[reason]) if decided else info.status,
         info.artifact_uri,
         info.start_time,
         info.end_time,

@@ -280,13 +280,12 @@ class _End:
 
     def _add_what_we_know(self, look: RunLook) -> Outcome:
         """Somebody ended the run, on proof that seemed good. The status stays theirs; the cause may be told better."""
-        if self._known_better(look):
-            return self._outcome(finalized=True)
+        tags = {"phase": Phase.DONE.value}
         if look.status == final_status(self._verdict.reason):
-            self._patiently(lambda: self._job.record.log(self._tags()))
-        elif look.tags["finalized"] != self._job.owner:
-            said = f"{self._verdict.reason.value}: {self._verdict.message}"
-            self._patiently(lambda: self._job.record.log({"conflict": f"{self._job.owner} saw {said}"}))
+            tags |= {} if self._known_better(look) else self._tags()
+        elif look.tags["finalized"] != self._job.owner and not self._known_better(look):
+            tags["conflict"] = f"{self._job.owner} saw {self._verdict.reason.value}: {self._verdict.message}"
+        self._patiently(lambda: self._job.record.log(tags))
         return self._outcome(finalized=True)
 
     def _known_better(self, look: RunLook) -> bool:
@@ -307,6 +306,15 @@ class _End:
         if self._verdict.reason is Reason.OK and self._job.spec.register_model:
             last |= self._register_model()
         self._patiently(lambda: record.log(last))
+        self._see_that_it_stands()
+
+    def _see_that_it_stands(self) -> None:
+        """A status that the user's code sent, or a follower, may arrive after ours: the reason in the run decides."""
+        with contextlib.suppress(RecordError):
+            look = self._patiently(self._job.record.look)
+            reason = look.tags.get("reason", "")
+            if reason in Reason.__members__ and look.status != final_status(Reason[reason]):
+                self._patiently(lambda: self._job.record.end(final_status(Reason[reason])))
 
     def _admit_loss(self) -> None:
         """The last chance: a good end whose results are not all in the run is no good end."""

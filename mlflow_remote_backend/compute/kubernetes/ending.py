@@ -44,6 +44,7 @@ _DISRUPTIONS = {
     "DeletionByPodGC": Reason.NODE_LOST,
     "TerminationByKubelet": Reason.EVICTED,
 }
+_NEVER_STARTED = ("StartError", "ContainerCannotRun", "RunContainerError")
 _SENTENCES = {
     Reason.EVICTED: "The job's pod was evicted from its node.",
     Reason.TIMEOUT: "The job ran into its last limit of time; Kubernetes ended it.",
@@ -66,7 +67,7 @@ def cause(pod: Raw) -> Diagnosis:
     vague = recorded is not None and recorded.reason in VAGUE_REASONS
     return (
         _whole_pod(pod)
-        or (_out_of_memory_as_a_whole(pod) if vague else None)
+        or (_unseen_from_inside(pod) if vague else None)
         or recorded
         or _prepare(objects.container(pod, PREPARE))
         or _program(objects.container(pod, MAIN), pod)
@@ -76,7 +77,7 @@ def cause(pod: Raw) -> Diagnosis:
 def exit_code(pod: Raw) -> int | None:
     """The program's exit code, where its container ended by itself."""
     main = objects.container(pod, MAIN)
-    if main.state != "terminated" or main.reason in ("ContainerStatusUnknown", "StartError", "ContainerCannotRun"):
+    if main.state != "terminated" or main.reason in ("ContainerStatusUnknown", *_NEVER_STARTED):
         return None
     return main.exit_code
 
@@ -113,11 +114,12 @@ def _recorded(pod: Raw) -> Diagnosis | None:
     return Diagnosis(Reason[reason], str(said.get("message") or reason), str(said.get("words") or ""))
 
 
-def _out_of_memory_as_a_whole(pod: Raw) -> Diagnosis | None:
-    """The kernel took a container as a whole, execute or prepare with it, which our runner can only guess."""
-    if objects.container(pod, PREPARE).reason == "OOMKilled":
-        return _prepare(objects.container(pod, PREPARE))
-    return _out_of_memory() if objects.container(pod, MAIN).reason == "OOMKilled" else None
+def _unseen_from_inside(pod: Raw) -> Diagnosis | None:
+    """A container that never started, or that the kernel took as a whole: our runner only sees that it is not there."""
+    prepare, main = objects.container(pod, PREPARE), objects.container(pod, MAIN)
+    if prepare.reason in ("OOMKilled", *_NEVER_STARTED):
+        return _prepare(prepare)
+    return _program(main, pod) if main.reason in ("OOMKilled", *_NEVER_STARTED) else None
 
 
 def runner_record(pod: Raw) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _prepare(ended: Container) -> Diagnosis | None:
     if ended.reason == "OOMKilled":
         hint = "Give it more with `resources.memory`."
         return Diagnosis(Reason.OOM, "Preparing the job needed more memory than its container may have.", "", hint)
-    if ended.reason in ("StartError", "ContainerCannotRun", "RunContainerError"):
+    if ended.reason in _NEVER_STARTED:
         message = f"The runner image {ended.image} cannot be started."
         return Diagnosis(Reason.BOOTSTRAP, message, ended.message, container_hint(ended.message))
     message = f"Preparing the job failed with exit code {ended.exit_code}."
@@ -148,7 +150,7 @@ def _program(ended: Container, pod: Raw) -> Diagnosis:
         return Diagnosis(Reason.KILLED_BY_SYSTEM, "The job's pod ended before its program did.", words)
     if ended.reason == "OOMKilled":
         return _out_of_memory()
-    if ended.reason in ("StartError", "ContainerCannotRun", "RunContainerError"):
+    if ended.reason in _NEVER_STARTED:
         message = f"The program's container ({ended.image}) could not be started."
         return Diagnosis(Reason.CONTAINER_CONFIG, message, ended.message, container_hint(ended.message))
     if ended.reason == "ContainerStatusUnknown":
