@@ -3,7 +3,7 @@
 Images come by the environment, or are made once per session:
 ``MLFLOW_REMOTE_TEST_RUNNER_IMAGE``  the runner image; else it is built here and pushed to MLFLOW_REMOTE_TEST_REGISTRY
 ``MLFLOW_REMOTE_TEST_IMAGE``         Python 3.10 or newer with pip: the runner image's base, and the image of projects
-``MLFLOW_REMOTE_TEST_SHELL_IMAGE``   a POSIX shell and no Python
+``MLFLOW_REMOTE_TEST_SHELL_IMAGE``   a POSIX shell and no Python; else local/shell:1 is pushed to the registry
 ``MLFLOW_REMOTE_TEST_TRACKING_HOST`` this machine as pods reach it; else its addresses are tried from a pod
 """
 
@@ -27,7 +27,7 @@ from mlflow_remote_backend.compute.kubernetes.api import Api
 from mlflow_remote_backend.testing import Projects
 
 IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
-SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE", "local/shell:1")
+SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE")
 RUNNER_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_RUNNER_IMAGE")
 TRACKING_HOST = os.environ.get("MLFLOW_REMOTE_TEST_TRACKING_HOST")
 SIOCGIFADDR = 0x8915
@@ -71,7 +71,22 @@ def python_image() -> str:
 
 @pytest.fixture(scope="session")
 def shell_image() -> str:
-    return SHELL_IMAGE
+    """Pulled by nodes like any other: one that was only loaded into a node may be looked for elsewhere."""
+    return SHELL_IMAGE or pushed("local/shell:1", "mlflow-remote-shell")
+
+
+def pushed(image: str, name: str) -> str:
+    """An image of this machine's Docker engine in the test's registry, by digest."""
+    import docker
+
+    client = docker.from_env()
+    try:
+        client.images.get(image).tag(f"{REGISTRY}/{name}", "1")
+        client.images.push(f"{REGISTRY}/{name}", "1")
+        digests = client.images.get(f"{REGISTRY}/{name}:1").attrs["RepoDigests"]
+        return next(each for each in digests if each.startswith(f"{REGISTRY}/{name}@"))
+    finally:
+        client.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- tracking

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlflow
@@ -11,8 +12,9 @@ import pytest
 from namespaces import REGISTRY, Namespace, until
 
 from mlflow_remote_backend.compute.kubernetes import objects
-from mlflow_remote_backend.submitted_run import RemoteExecutionException
+from mlflow_remote_backend.submitted_run import RemoteExecutionException, RemoteSubmittedRun
 from mlflow_remote_backend.testing import Projects, artifact, ended, stored_log
+from mlflow_remote_backend.tracking import RunView
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(300)]
 
@@ -52,6 +54,7 @@ NEVER = [
     (lambda namespace: None, {"security": "image"}, "violates PodSecurity"),
     (lambda namespace: None, {"env_cache": {"host_path": "/var/cache"}, "pod_template": {"hostNetwork": True}}, ""),
     (lambda namespace: None, {"priority_class": "absent"}, "absent"),
+    (lambda namespace: None, {"image": "UPPER/case:1:2"}, "expected an image reference"),
     (lambda namespace: None, {"namespace": "absent-namespace"}, "absent-namespace"),
     (lambda namespace: None, {"context": "absent-context"}, "absent-context"),
 ]
@@ -108,36 +111,75 @@ def test_a_quota_that_is_used_up_only_now_is_waited_for(projects: Projects, name
 # ------------------------------------------------------------------------------------------- only known afterwards
 
 
-def fails(projects: Projects, namespace: Namespace, reason: str, words: str, **config: Any) -> float:
-    """Submit and wait; how long it took until the run was failed for this reason."""
-    began = time.monotonic()
-    run = projects.submit(projects.make("echo never"), **config)
-    assert run.wait() is False
-    took_s = time.monotonic() - began
-    view = run.view()
+def submitted(projects: Projects, options: Document, config: Document) -> RemoteSubmittedRun:
+    kubernetes = {**projects.backend_config["kubernetes"], **options}
+    return projects.submit(projects.make("echo never"), kubernetes=kubernetes, **config)
+
+
+def check_failure(view: RunView, reason: str, words: str) -> None:
     assert (view.status, view.tag("reason")) == ("FAILED", reason), view.tag("message")
     assert view.tag("finalized")
-    assert words in artifact(run.run_id, "logs/error.txt").decode()
+    assert words in view.tag("message")
+    assert words in artifact(view.run_id, "logs/error.txt").decode()
+
+
+NEVER_PULLED = {"image": "absent:1", "image_pull_policy": "Never"}  # our runner's image is there already
+BAD_NAME = {"containers": [{"name": "main", "image": f"{REGISTRY}/UPPER:1"}]}  # as an option it is refused at once
+PATIENCE = {
+    # what waits: options of the compute, of the run, reason, in Kubernetes' words, at least so many seconds
+    "an image that does not exist": ({"image": f"{REGISTRY}/absent:1"}, {}, "IMAGE_PULL", "not found", 25),
+    "an image that must be there and is not": (NEVER_PULLED, {}, "IMAGE_PULL", "Never", 0),
+    "an image name that is none": ({"pod_template": BAD_NAME}, {}, "IMAGE_PULL", "must be lowercase", 0),
+    "a registry that is away": (
+        {"image": "127.0.0.1:1/image:1"},
+        {"image_pull_timeout": "40s"},
+        "IMAGE_PULL",
+        "connection refused",
+        35,
+    ),
+    "a secret that does not exist": (
+        {},
+        {"secrets": {"TOKEN": {"name": "absent", "key": "k"}}},
+        "CONTAINER_CONFIG",
+        'secret "absent" not found',
+        55,
+    ),
+    "a node that does not exist": (
+        {"node_selector": {"absent": "true"}},
+        {"start_timeout": "8s"},
+        "UNSCHEDULABLE",
+        "node affinity/selector",
+        7,
+    ),
+    "more than any node has": (
+        {},
+        {"start_timeout": "8s", "resources": {"cpu": 1000}},
+        "UNSCHEDULABLE",
+        "Insufficient cpu",
+        7,
+    ),
+    "a claim that does not exist": (
+        {"volumes": [{"pvc": "absent", "mount_path": "/data"}]},
+        {"start_timeout": "8s"},
+        "UNSCHEDULABLE",
+        '"absent" not found',
+        7,
+    ),
+}
+
+
+def test_each_trouble_is_given_its_own_patience_and_then_told(projects: Projects, namespace: Namespace) -> None:
+    """All at once: nothing here computes, all of it waits."""
+    with ThreadPoolExecutor(max_workers=len(PATIENCE)) as pool:
+        waiting = {}
+        for name, (options, config, *_) in PATIENCE.items():
+            run, began = submitted(projects, options, config), time.monotonic()
+            waiting[name] = pool.submit(lambda run=run, began=began: (ended(run), time.monotonic() - began))
+        for name, (_, _, reason, words, at_least_s) in PATIENCE.items():
+            view, took_s = waiting[name].result()
+            check_failure(view, reason, words)
+            assert took_s > at_least_s, f"{name} took {took_s:.0f} s"
     until(lambda: not namespace.ours("jobs") and not namespace.ours("secrets"), what="nothing is left")
-    return took_s
-
-
-def test_an_image_that_does_not_exist_fails_after_a_short_grace(projects: Projects, namespace: Namespace) -> None:
-    absent = with_options(projects, image=f"{REGISTRY}/absent:1")
-    assert fails(absent, namespace, "IMAGE_PULL", "not found") > 25
-
-
-def test_an_image_that_must_be_there_and_is_not_fails_at_once(projects: Projects, namespace: Namespace) -> None:
-    never = {"containers": [{"name": "main", "image": "absent:1", "imagePullPolicy": "Never"}]}
-    options = dict(projects.backend_config["kubernetes"])
-    options.pop("image_pull_policy")
-    absent = Projects(projects.folder, {**projects.backend_config, "kubernetes": {**options, "pod_template": never}})
-    fails(absent, namespace, "IMAGE_PULL", "Never")
-
-
-def test_a_registry_that_is_away_is_waited_for(projects: Projects, namespace: Namespace) -> None:
-    away = with_options(projects, image="127.0.0.1:1/image:1")
-    assert fails(away, namespace, "IMAGE_PULL", "connection refused", image_pull_timeout="35s") > 30
 
 
 @pytest.fixture(scope="session")
@@ -156,26 +198,10 @@ def shell_less_image(tmp_path_factory: pytest.TempPathFactory) -> str:
     return name
 
 
-def test_an_image_without_a_shell_is_told_as_such(
-    projects: Projects, namespace: Namespace, shell_less_image: str
-) -> None:
-    fails(with_options(projects, image=shell_less_image), namespace, "CONTAINER_CONFIG", "/bin/sh")
-
-
-def test_a_job_that_no_node_takes_fails_when_patience_ends(projects: Projects, namespace: Namespace) -> None:
-    nowhere = with_options(projects, node_selector={"absent": "true"})
-    took_s = fails(nowhere, namespace, "UNSCHEDULABLE", "node affinity/selector", start_timeout="8s")
-    assert took_s > 7
-
-
-def test_a_missing_key_of_a_secret_is_told(projects: Projects, namespace: Namespace) -> None:
-    fails(
-        projects,
-        namespace,
-        "CONTAINER_CONFIG",
-        'secret "absent" not found',
-        secrets={"TOKEN": {"name": "absent", "key": "k"}},
-    )
+def test_an_image_without_a_shell_is_told_as_such(projects: Projects, shell_less_image: str) -> None:
+    run = submitted(projects, {"image": shell_less_image}, {})
+    assert run.wait() is False
+    check_failure(run.view(), "CONTAINER_CONFIG", "/bin/sh")
 
 
 def test_a_pod_refused_after_submission_is_told(projects: Projects, namespace: Namespace) -> None:
