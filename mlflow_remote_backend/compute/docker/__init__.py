@@ -13,6 +13,7 @@ environments.py the locked environment in a volume or an image
 diagnosis.py    what the engine says -> why the job ended; pure
 users.py        user names -> numbers; pure
 engine.py       the only door to the Docker SDK
+ssh.py          an engine behind ssh
 """
 
 from .compute import DockerCompute

@@ -13,9 +13,12 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import ComputeError, ConfigError
+
+if TYPE_CHECKING:
+    from .ssh import SshAdapter
 
 TIMEOUT_S = 60.0
 CONNECT_HINT = (
@@ -173,8 +176,9 @@ class LogStream:
 class Engine:
     """What we ask a Docker engine. Safe to use from several threads."""
 
-    def __init__(self, client: Any, endpoint: Endpoint) -> None:
+    def __init__(self, client: Any, endpoint: Endpoint, way: SshAdapter | None = None) -> None:
         self._client = client
+        self._way = way
         self.endpoint = endpoint
 
     @classmethod
@@ -183,6 +187,8 @@ class Engine:
         import docker
         import docker.errors
 
+        if endpoint.url.startswith("ssh:"):
+            return cls._connect_by_ssh(endpoint, timeout_s)
         try:
             client = docker.APIClient(version="auto", timeout=int(timeout_s), **endpoint.arguments())
         except docker.errors.TLSParameterError as error:
@@ -190,6 +196,24 @@ class Engine:
         except docker.errors.DockerException as error:
             raise _no_answer(endpoint, str(error)) from error
         return cls(client, endpoint)
+
+    @classmethod
+    def _connect_by_ssh(cls, endpoint: Endpoint, timeout_s: float) -> Engine:
+        import docker
+        from docker.constants import MINIMUM_DOCKER_API_VERSION
+
+        from .ssh import SshAdapter
+
+        way = SshAdapter(endpoint.url, timeout_s)
+
+        def over_ssh(version: str) -> Any:  # a client that is told its version connects to nothing by itself
+            client = docker.APIClient("unix:///nowhere", version=version, timeout=int(timeout_s))
+            client.mount(client.base_url, way)
+            return client
+
+        asking = cls(over_ssh(MINIMUM_DOCKER_API_VERSION), endpoint, way)
+        version = asking._call("tell its version", lambda client: client.version(api_version=False))["ApiVersion"]
+        return cls(over_ssh(version), endpoint, way)
 
     def info(self) -> dict[str, Any]:
         return dict(self._call("tell about itself", lambda client: client.info()))
@@ -385,7 +409,8 @@ class Engine:
         except docker.errors.DockerException as error:
             raise Refused(f"The Docker engine could not {what}.", words=str(error)) from error
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise _no_answer(self.endpoint, str(error), f"when it was to {what}") from error
+            words = (self._way.words() if self._way else "") or str(error)
+            raise _no_answer(self.endpoint, words, f"when it was to {what}") from error
 
 
 def _plain(auth: Mapping[str, Any] | None) -> dict[str, Any] | None:
