@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import socket
 import time
 import uuid
@@ -10,6 +13,7 @@ import pytest
 from private_registry import PASSWORD, USER, private_registry
 
 from mlflow_remote_backend.compute.docker import images
+from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
 from mlflow_remote_backend.errors import ComputeError, JobError
 
 pytestmark = pytest.mark.docker
@@ -67,9 +71,9 @@ def test_an_image_for_another_platform_is_refused(engine, pushed) -> None:
 
 
 def test_a_private_registry_opens_to_credentials_only(engine, client, registry, pushed) -> None:
-    auth = {"username": USER, "password": PASSWORD}
     with private_registry(registry) as address:
         name = pushed.replace(registry, address)
+        auth = {"username": USER, "password": PASSWORD, "registry": f"http://{address}"}
         with pytest.raises(JobError) as refused:
             images.obtain(engine, name)
         assert refused.value.code == "IMAGE_PULL"
@@ -77,6 +81,46 @@ def test_a_private_registry_opens_to_credentials_only(engine, client, registry, 
         assert images.look_up(engine, name, pull="missing", platform="", auth=auth).digest
         assert images.obtain(engine, name, auth=auth).id
         client.remove_image(name)
+
+
+def test_credentials_go_to_their_own_registry_only(engine, registry, pushed) -> None:
+    with private_registry(registry) as address:
+        name = pushed.replace(registry, address)
+        for elsewhere in ({}, {"registry": "other.example.com"}):
+            auth = {"username": USER, "password": PASSWORD, **elsewhere}
+            with pytest.raises(ComputeError, match="cannot be pulled"):
+                images.look_up(engine, name, pull="missing", platform="", auth=auth)
+
+
+def test_what_docker_login_left_opens_a_private_registry(registry, pushed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with private_registry(registry) as address:
+        credentials = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {address: {"auth": credentials}}}))
+        logged_in = Engine.connect(Endpoint.from_options({}, os.environ))
+        name = pushed.replace(registry, address)
+        assert images.look_up(logged_in, name, pull="missing", platform="", auth=None).digest
+        assert images.obtain(logged_in, name).id
+        logged_in.remove_image(name)
+
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_a_run_pulls_its_image_with_docker_auth(tracking, engine, registry, pushed, make_project) -> None:
+    import mlflow
+
+    with private_registry(registry) as address:
+        name = pushed.replace(registry, address)
+        run = mlflow.projects.run(
+            str(make_project("echo from a private registry", docker_env={"image": name})),
+            backend="remote",
+            backend_config={"compute": "docker", "docker": {"network": "host"}, "stream_output": False},
+            docker_auth={"username": USER, "password": PASSWORD, "registry": f"http://{address}"},
+            synchronous=False,
+        )
+        assert run.wait(), run.view().tag("message")
+        assert list(run.logs()) == ["from a private registry"]
+        assert run.view().tag("image").startswith("sha256:")
+        engine.remove_image(f"{name.rpartition(':')[0]}@{run.view().tag('image')}")
 
 
 def test_a_registry_that_is_down_is_tried_again_for_a_while(engine, monkeypatch) -> None:

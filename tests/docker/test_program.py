@@ -18,7 +18,7 @@ from engine_proxy import EngineProxy, engine_proxy
 from mlflow_remote_backend.compute.docker import mirror, request
 from mlflow_remote_backend.compute.docker.engine import Connection, Endpoint, Engine
 from mlflow_remote_backend.compute.docker.watch import ContainerRun, remove
-from mlflow_remote_backend.errors import JobError
+from mlflow_remote_backend.errors import ComputeError, JobError
 from mlflow_remote_backend.job import Limits, Reason, Resources
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.runner.supervise import Start
@@ -231,6 +231,14 @@ def test_the_images_entrypoint_wraps_the_program(make_job, image_with) -> None:
     assert job.log() == b"yes two  words\n"
 
 
+def test_an_entrypoint_that_is_not_there_is_named(make_job, image_with) -> None:
+    image = image_with("no-entrypoint", Entrypoint=["/no/such/program"])
+    record = make_job("true", image=image).run()
+    verdict = classify(record, None, None, cancel_requested=False)
+    assert verdict.reason is not Reason.OK
+    assert "/no/such/program" in verdict.message + verdict.words
+
+
 def test_a_user_that_the_image_made_is_kept(make_job, image_with) -> None:
     image = image_with("user", User="nobody")
     job = make_job("id -un; touch new outputs/f", image=image)
@@ -404,6 +412,37 @@ def test_a_cancelled_job_whose_engine_never_comes_back_is_given_up(make_job, pro
     assert record.error is not None
     assert record.error["code"] == "CANCELLED"
     assert "may still run" in record.error["message"]
+
+
+@pytest.mark.parametrize("step", ["connect", "create", "copy_in", "attach_input", "start", "send"])
+def test_an_engine_that_goes_away_while_the_program_is_started_is_waited_for(make_job, monkeypatch, step) -> None:
+    owner = Connection if step == "send" else Engine
+    original = getattr(owner, step)
+    away = [False, True, True] if step == "connect" else [True]  # or right after it has done what it was asked
+
+    def once_away(*args: object) -> object:
+        if step == "connect" and away and away.pop():
+            raise ComputeError("The Docker engine does not answer.", transient=True)
+        if step == "send" and away and away.pop():
+            raise BrokenPipeError("cut off")
+        done = original(*args)
+        if away and away.pop():
+            raise ComputeError("The Docker engine does not answer.", transient=True)
+        return done
+
+    monkeypatch.setattr(owner, step, once_away)
+    job = make_job("echo once; exit 4", secrets={"TOKEN": "x"})
+    assert job.run().exit_code == 4
+    assert job.log() == b"once\n"
+
+
+def test_an_engine_that_stays_away_fails_the_start_by_name(make_job, monkeypatch) -> None:
+    away = ComputeError("The Docker engine does not answer.", transient=True)
+    monkeypatch.setattr(Engine, "connect", lambda *args: (_ for _ in ()).throw(away))
+    job = make_job("true", limits=Limits(start_timeout_s=0.1))
+    with pytest.raises(JobError, match="does not answer") as failed:
+        job.start()
+    assert failed.value.code == "START_TIMEOUT"
 
 
 # -- a supervisor that dies

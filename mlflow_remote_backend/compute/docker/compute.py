@@ -28,7 +28,7 @@ from ...runner.supervise import Start
 from ..base import JobHandle, Request, Secrets
 from ..supervised import SupervisedCompute
 from . import arguments, copying, images, leftovers, program, reach, request, watch
-from .engine import AUTH_VARIABLE, Endpoint, Engine, registry_auth
+from .engine import AUTH_VARIABLE, Endpoint, Engine, opens, registry_auth
 from .leftovers import Cached, Leftover
 
 PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
@@ -317,6 +317,9 @@ def _notices(spec: JobSpec, secrets: Secrets) -> list[str]:
         found.append("resources.ephemeral_storage is not limited by Docker.")
     if spec.options.get("build") and not spec.environment.lock_key:
         found.append("docker.build has nothing to build: the image is the environment, and code is copied in.")
+    auth, image = registry_auth(secrets.runner), request.image_name(spec)
+    if auth and not opens(auth, spec.options.get("repository") or image) and not opens(auth, image):
+        found.append(f"docker_auth is for {auth.get('registry') or 'Docker Hub'}, and goes to no other registry.")
     useless = reach.unusable_proxies(secrets.program, request.network_of(spec))
     if useless:
         found.append(f"{', '.join(useless)} name a proxy on this machine's loopback; the container does not get them.")

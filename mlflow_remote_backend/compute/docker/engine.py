@@ -227,19 +227,27 @@ class Engine:
     def registry_image(self, name: str, auth: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the registry says of the image (``Descriptor``, ``Platforms``), without pulling it."""
         what = f"find image {name} in its registry"
-        return dict(self._call(what, lambda client: client.inspect_distribution(name, auth_config=_plain(auth))))
+        return dict(
+            self._call(what, lambda client: client.inspect_distribution(name, auth_config=_credentials(auth, name)))
+        )
 
     def pull(
         self, name: str, platform: str | None = None, auth: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """Pull; yields the engine's progress lines. Blocks until it is done or the consumer stops."""
         repository, tag = split_reference(name)
-        options = {"tag": tag, "platform": platform, "auth_config": _plain(auth), "stream": True, "decode": True}
-        return self._progress(f"pull image {name}", lambda client: client.pull(repository, **options))
+        options = {"tag": tag, "platform": platform, "stream": True, "decode": True}
+        return self._progress(
+            f"pull image {name}",
+            lambda client: client.pull(repository, **options, auth_config=_credentials(auth, repository)),
+        )
 
     def push(self, repository: str, tag: str, auth: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        options = {"tag": tag, "auth_config": _plain(auth), "stream": True, "decode": True}
-        return self._progress(f"push image {repository}:{tag}", lambda client: client.push(repository, **options))
+        options = {"tag": tag, "stream": True, "decode": True}
+        return self._progress(
+            f"push image {repository}:{tag}",
+            lambda client: client.push(repository, **options, auth_config=_credentials(auth, repository)),
+        )
 
     def commit(self, container: str, repository: str, tag: str, config: Mapping[str, Any], message: str) -> str:
         """Make an image of a container as it is; its id."""
@@ -413,9 +421,18 @@ class Engine:
             raise _no_answer(self.endpoint, words, f"when it was to {what}") from error
 
 
-def _plain(auth: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """None: the SDK looks up the credentials that ``docker login`` left."""
-    return dict(auth) if auth else None
+def _credentials(auth: Mapping[str, Any] | None, image: str) -> dict[str, Any] | None:
+    """What to send to the image's registry. None: the SDK looks up the credentials that ``docker login`` left."""
+    return dict(auth) if auth and opens(auth, image) else None
+
+
+def opens(auth: Mapping[str, Any], image: str) -> bool:
+    """Whether MLflow's ``docker_auth`` is for the image's registry: without ``registry`` it is for Docker Hub, as in
+    the ``login`` that it is the arguments of."""
+    from docker.auth import INDEX_NAME, resolve_index_name, resolve_repository_name
+
+    registry: str = resolve_repository_name(image)[0]
+    return registry == resolve_index_name(str(auth.get("registry") or INDEX_NAME))
 
 
 def _no_answer(endpoint: Endpoint, words: str, when: str = "") -> ComputeError:

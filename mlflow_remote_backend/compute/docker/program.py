@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet  # the builtin one only since Python 3.11
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ...environment import cache
 from ...errors import ComputeError, JobError
@@ -26,12 +27,13 @@ from ...runner.supervise import Running, Start
 from . import copying, diagnosis, images, reach, request, scripts, users
 from .engine import Connection, Endpoint, Engine, Refused, registry_auth
 from .request import Container, Image
-from .watch import CONTAINER_FILE, ContainerRun, recorded, remove
+from .watch import CONTAINER_FILE, FIRST_PAUSE_S, LONGEST_PAUSE_S, ContainerRun, recorded, remove
 
 if TYPE_CHECKING:
     from .environments import Environment
 
 CANCEL_POLL_S = 0.2
+T = TypeVar("T")
 
 #: What runs the program's line inside an image's entrypoint, which knows only one program to start.
 _WRAPPED_SHELL = 'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c "$0"'
@@ -91,11 +93,19 @@ class DockerProgram:
             site, python = dataclasses.replace(site, image=self._environment.image), self._environment.python
         made = _container(spec, site, start.environ, python)
         folder.say("starting", f"creating container {made.name}")
-        with _start_errors(site.engine, made):
+        secrets = {**_copied(spec, start.environ), **_usable(spec, start.program_secrets)}
+
+        def started(again: bool) -> str:
+            if again:  # until it has all its secrets the program does not run: nothing of it is lost
+                remove(site.engine, made.name)
             container = _create(site.engine, spec, made)
             write_json(folder.path / CONTAINER_FILE, {"id": container, "image": site.image.id, "name": made.name})
             _copy_in(site, spec, folder, container, made)
-            _start(site.engine, container, {**_copied(spec, start.environ), **_usable(spec, start.program_secrets)})
+            _start(site.engine, container, secrets)
+            return container
+
+        with _start_errors(site.engine, made):
+            container = _patiently(started, spec, folder)
         folder.say("running")
         return ContainerRun(lambda: site.engine, spec, folder, container)
 
@@ -121,7 +131,8 @@ class DockerProgram:
 
 def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
     options = spec.options
-    engine = Engine.connect(Endpoint.from_options(options, environ))
+    endpoint = Endpoint.from_options(options, environ)
+    engine = _patiently(lambda again: Engine.connect(endpoint), spec, folder)
     image = images.obtain(
         engine,
         options.get("resolved_image") or request.image_name(spec),
@@ -132,6 +143,31 @@ def _site(spec: JobSpec, folder: RunFolder, environ: Mapping[str, str]) -> Site:
         say=lambda detail: folder.say("starting", detail),
     )
     return Site(engine, image, bool(options.get("rootless")))
+
+
+def _patiently(attempt: Callable[[bool], T], spec: JobSpec, folder: RunFolder) -> T:
+    """What ``attempt`` returns, tried again for ``start_timeout`` while the engine does not answer: it may restart.
+
+    ``attempt`` is told whether it is tried again. Raises JobError: START_TIMEOUT, CANCELLED.
+    """
+    deadline = time.monotonic() + spec.limits.start_timeout_s
+    pause_s = FIRST_PAUSE_S
+    again = False
+    while True:
+        try:
+            return attempt(again)
+        except ComputeError as error:
+            if not error.transient:
+                raise
+            if Spool(folder.spool).cancel_requested():
+                raise JobError("Cancelled while the Docker engine was away.", code=Reason.CANCELLED.value) from error
+            if time.monotonic() + pause_s > deadline:
+                code = Reason.START_TIMEOUT.value
+                raise JobError(error.what, words=error.words, hint=error.hint, code=code) from error
+            folder.say("starting", f"no contact: {error.what} {error.words}".strip())
+        again = True
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
 
 # -- making the container ----------------------------------------------------------------------------------------------
@@ -246,8 +282,13 @@ def _start(engine: Engine, container: str, secrets: Mapping[str, str]) -> None:
     connection: Connection = engine.attach_input(container)
     try:
         engine.start(container)
-        connection.send((secrets_script(secrets) + scripts.WHOLE).encode("utf-8", "surrogateescape"))
-        connection.end_input()
+        try:
+            connection.send((secrets_script(secrets) + scripts.WHOLE).encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            what = "The connection to the Docker engine broke while the program was started."
+            raise ComputeError(what, words=str(error), transient=True) from error
+        with contextlib.suppress(OSError):  # closing it ends the input as well
+            connection.end_input()
     finally:
         connection.close()
 
