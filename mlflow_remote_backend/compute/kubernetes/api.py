@@ -162,6 +162,10 @@ class Api:
         """A JSON merge patch; ours are idempotent."""
         return self._json("PATCH", path, query, body, "application/merge-patch+json", patience_s)
 
+    def replace(self, path: str, body: Mapping[str, Any], *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
+        """PUT. ``body`` holds the resourceVersion that it is based on: ApiError with status 409 if that is over."""
+        return self._json("PUT", path, query, body, "application/json", patience_s)
+
     def delete(self, path: str, options: Mapping[str, Any], *, patience_s: float = PATIENCE_S) -> Answer:
         return self._json("DELETE", path, {}, {"apiVersion": "v1", "kind": "DeleteOptions", **options}, "", patience_s)
 
@@ -188,6 +192,48 @@ class Api:
             raise self._unreachable("GET", path, error) from error
         finally:
             response.close()  # not back to the pool: the rest of the answer would come first to the next user
+
+    def proxied(
+        self, path: str, body: bytes | None, headers: Mapping[str, str], *, timeout_s: float
+    ) -> tuple[int, bytes, str]:
+        """One request to a Service or pod through the API server's proxy: status, body and content type of whatever
+        answers. GET, or POST where there is a body. Raises ApiError where the API server itself answers, or nobody.
+
+        The API server takes ``Authorization`` for its own and does not pass it on.
+        """
+        method = "GET" if body is None else "POST"
+        for renewed in (False, True):
+            client = self._client
+            response = self._send_raw(client.client, method, path, body, headers, timeout_s)
+            status, content = int(response.status), bytes(response.data)
+            if status < 400 or _status_body(content).get("kind") != "Status":
+                return status, content, str(response.headers.get("Content-Type") or "")
+            if status != 401 or renewed:
+                raise self._failure(method, path, _Refused(status, content, response.headers))
+            self._renew(client)
+        raise AssertionError("unreachable")
+
+    def _send_raw(
+        self, client: Any, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Any:
+        """By the client's pool, since its own methods would encode a JSON body anew. Not throttled: it is no question
+        to the API server."""
+        import urllib3
+
+        sent = dict(headers)
+        client.update_params_for_auth(sent, [], ["BearerToken"], path, method, body)
+        try:
+            return client.rest_client.pool_manager.request(
+                method,
+                client.configuration.host + path,
+                body=body,
+                headers=sent,
+                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=timeout_s),
+                retries=False,
+                redirect=False,
+            )
+        except Exception as error:
+            raise self._unreachable(method, path, error) from error
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -292,6 +338,14 @@ class Api:
         """No answer, or half of one: from the client library or below it, whatever it raised."""
         words = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
         return self._error(method, path, 0, words=words, transient=True)
+
+
+class _Refused(Exception):
+    """An answer of the API server's own, in the form in which the client raises one."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.body, self.headers = status, body, headers
 
 
 def _verdict(status: int) -> str:

@@ -299,15 +299,15 @@ def _pod(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str
         **_fence("activeDeadlineSeconds", pod_deadline_s(spec.limits)),
         "automountServiceAccountToken": bool(options.get("api_access")),
         "enableServiceLinks": False,
-        "securityContext": _pod_security(options),
+        "securityContext": pod_security(options),
         "initContainers": [_observe(spec, secret_names, secret_name), _prepare(spec, secret_names, secret_name)],
         "containers": [_main(spec, secret_names, secret_name)],
         "volumes": _volumes(spec, secret_name),
     }
-    return pod | _scheduling(options)
+    return pod | scheduling(options)
 
 
-def _scheduling(options: Mapping[str, Any]) -> dict[str, Any]:
+def scheduling(options: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {
         "serviceAccountName": options.get("service_account"),
         "imagePullSecrets": [{"name": name} for name in options.get("image_pull_secrets") or ()],
@@ -323,7 +323,7 @@ def _observe(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict
     return {
         "name": OBSERVE,
         "restartPolicy": "Always",
-        **_runner_image(spec.options),
+        **runner_image(spec.options),
         "command": ["/bin/sh", "-c", OBSERVE_SCRIPT, "observe", "python", "-m", "mlflow_remote_backend.runner.observe"],
         "args": [
             *("--envelope", f"{JOB_FILES}/{ENVELOPE_FILE}", "--spool", SPOOL),
@@ -331,7 +331,7 @@ def _observe(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict
         ],
         "env": _runner_env(secret_names, secret_name),
         "resources": OBSERVE_RESOURCES,
-        "securityContext": _container_security(spec.options, read_only_root=True),
+        "securityContext": container_security(spec.options, read_only_root=True),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "job", "mountPath": ROOT},
@@ -349,15 +349,15 @@ def _prepare(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict
     ]
     return {
         "name": PREPARE,
-        **_runner_image(spec.options),
+        **runner_image(spec.options),
         "command": ["python", "-m", "mlflow_remote_backend.runner.prepare"],
         "args": [
             *("--envelope", f"{JOB_FILES}/{ENVELOPE_FILE}", "--spool", SPOOL),
             *("--work", WORK, "--cache", CACHE, "--tools", TOOLS),
         ],
         "env": _runner_env(secret_names, secret_name),
-        "resources": _prepare_resources(spec.resources),
-        "securityContext": _container_security(spec.options, read_only_root=True),
+        "resources": prepare_resources(spec.resources),
+        "securityContext": container_security(spec.options, read_only_root=True),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts + _cache_mount(spec, read_only=False),
     }
@@ -368,29 +368,29 @@ def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[st
     mounts = [{"name": "job", "mountPath": ROOT}, {"name": "tmp", "mountPath": "/tmp"}]
     if spec.resources.shm_size_bytes is not None:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    mounts += [_mount(index, each) for index, each in enumerate(options.get("volumes") or ())]
+    mounts += [volume_mount(index, each) for index, each in enumerate(options.get("volumes") or ())]
     container: dict[str, Any] = {
         "name": MAIN,
         "image": main_image(spec),
-        **_pull_policy(options),
+        **pull_policy(options),
         "command": ["/bin/sh", "-c", START_SCRIPT],
         "workingDir": ROOT,
         "env": [
-            *_home_env(),
+            *home_env(),
             _downward("MLFLOW_REMOTE_ATTEMPT", ATTEMPT_FIELD),
-            *_secret_env("program", secret_names.program, secret_name),
+            *secret_env("program", secret_names.program, secret_name),
             *_reference_env(spec),
         ],
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts + _cache_mount(spec, read_only=True),
     }
-    extra = {"securityContext": _main_security(options), "resources": _resources(spec.resources)}
+    extra = {"securityContext": main_security(options), "resources": resource_amounts(spec.resources)}
     return container | {key: value for key, value in extra.items() if value}
 
 
 def main_image(spec: JobSpec) -> str:
     """The program's image: configured, else the project's docker_env, else the runner's."""
-    return named_image(spec) or str(_runner_image(spec.options)["image"])
+    return named_image(spec) or str(runner_image(spec.options)["image"])
 
 
 def named_image(spec: JobSpec) -> str:
@@ -399,7 +399,7 @@ def named_image(spec: JobSpec) -> str:
     return str(spec.options.get("image") or declared or "")
 
 
-def _runner_image(options: Mapping[str, Any]) -> dict[str, Any]:
+def runner_image(options: Mapping[str, Any]) -> dict[str, Any]:
     image = options.get("runner_image")
     if not image:
         raise ConfigError(
@@ -407,10 +407,10 @@ def _runner_image(options: Mapping[str, Any]) -> dict[str, Any]:
             key="kubernetes.runner_image",
             hint="Make it once with: mlflow-remote image build --push REPOSITORY",
         )
-    return {"image": image, **_pull_policy(options)}
+    return {"image": image, **pull_policy(options)}
 
 
-def _pull_policy(options: Mapping[str, Any]) -> dict[str, str]:
+def pull_policy(options: Mapping[str, Any]) -> dict[str, str]:
     policy = options.get("image_pull_policy")
     return {"imagePullPolicy": policy} if policy else {}
 
@@ -418,7 +418,7 @@ def _pull_policy(options: Mapping[str, Any]) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------- environment
 
 
-def _home_env() -> list[dict[str, Any]]:
+def home_env() -> list[dict[str, Any]]:
     """Under an arbitrary uid there is no home, and ``getpass.getuser()`` raises, which MLflow does not catch."""
     variables = {
         "HOME": HOME,
@@ -440,14 +440,14 @@ def _runner_env(secret_names: SecretNames, secret_name: str) -> list[dict[str, A
     }
     downward = [_downward(name, path) for name, path in fields.items()]
     client = [{"name": "MLFLOW_REMOTE_CLIENT_VERSION", "value": __version__}]
-    return _home_env() + downward + client + _secret_env("runner", secret_names.runner, secret_name)
+    return home_env() + downward + client + secret_env("runner", secret_names.runner, secret_name)
 
 
 def _downward(name: str, path: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
-def _secret_env(group: str, variables: tuple[str, ...], secret_name: str) -> list[dict[str, Any]]:
+def secret_env(group: str, variables: tuple[str, ...], secret_name: str) -> list[dict[str, Any]]:
     return [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": secret_name, "key": f"{group}.{name}"}}}
         for name in sorted(variables)
@@ -457,10 +457,10 @@ def _secret_env(group: str, variables: tuple[str, ...], secret_name: str) -> lis
 def _reference_env(spec: JobSpec) -> list[dict[str, Any]]:
     """Variables from secrets that exist in the namespace already."""
     references = sorted(spec.secret_refs.items())
-    return [{"name": name, "valueFrom": {"secretKeyRef": _reference(each)}} for name, each in references]
+    return [{"name": name, "valueFrom": {"secretKeyRef": reference(each)}} for name, each in references]
 
 
-def _reference(each: Any) -> dict[str, str]:
+def reference(each: Any) -> dict[str, str]:
     """``name`` and ``key``: a mapping where the spec came by the wire, a value of ours where it did not."""
     found = each if isinstance(each, Mapping) else dataclasses.asdict(each)
     return {"name": found["name"], "key": found["key"]}
@@ -469,7 +469,7 @@ def _reference(each: Any) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------- resources
 
 
-def _resources(wanted: Resources) -> dict[str, Any]:
+def resource_amounts(wanted: Resources) -> dict[str, Any]:
     """Requests equal limits: what a job was promised it has, and an out-of-memory kill hits the one who overdid it."""
     amounts: dict[str, str] = {}
     if wanted.cpu is not None:
@@ -483,11 +483,11 @@ def _resources(wanted: Resources) -> dict[str, Any]:
     return {"requests": dict(amounts), "limits": dict(amounts)} if amounts else {}
 
 
-def _prepare_resources(program: Resources) -> dict[str, Any]:
+def prepare_resources(program: Resources) -> dict[str, Any]:
     """As the program, whose place it takes before it, but never short of memory for making an environment."""
     memory = program.memory_bytes
     plain = Resources(cpu=program.cpu, memory_bytes=memory, ephemeral_storage_bytes=program.ephemeral_storage_bytes)
-    resources = _resources(plain)
+    resources = resource_amounts(plain)
     if memory is not None:
         resources["limits"]["memory"] = str(max(memory, PREPARE_MEMORY_BYTES))
     return resources
@@ -502,19 +502,19 @@ def _volumes(spec: JobSpec, secret_name: str) -> list[dict[str, Any]]:
         {"name": "files", "secret": files},
     ]
     if spec.environment.lock_key:
-        volumes.append({"name": "cache", **_cache_source(spec.options.get("env_cache") or {})})
+        volumes.append({"name": "cache", **cache_source(spec.options.get("env_cache") or {})})
     if spec.resources.shm_size_bytes is not None:
         shm = {"medium": "Memory", "sizeLimit": str(spec.resources.shm_size_bytes)}
         volumes.append({"name": "shm", "emptyDir": shm})
     wanted = spec.options.get("volumes") or ()
-    return volumes + [{"name": _volume_name(index), **_source(each)} for index, each in enumerate(wanted)]
+    return volumes + [{"name": volume_name(index), **volume_source(each)} for index, each in enumerate(wanted)]
 
 
-def _volume_name(index: int) -> str:
+def volume_name(index: int) -> str:
     return f"volume-{index}"
 
 
-def _source(volume: Mapping[str, Any]) -> dict[str, Any]:
+def volume_source(volume: Mapping[str, Any]) -> dict[str, Any]:
     """Kubernetes' words for a volume of the options, which names exactly one source."""
     if volume.get("pvc"):
         return {"persistentVolumeClaim": {"claimName": volume["pvc"], "readOnly": bool(volume.get("read_only"))}}
@@ -527,13 +527,13 @@ def _source(volume: Mapping[str, Any]) -> dict[str, Any]:
     return dict(volume.get("source") or {"emptyDir": {}})
 
 
-def _mount(index: int, volume: Mapping[str, Any]) -> dict[str, Any]:
-    mount = {"name": _volume_name(index), "mountPath": volume["mount_path"]}
+def volume_mount(index: int, volume: Mapping[str, Any]) -> dict[str, Any]:
+    mount = {"name": volume_name(index), "mountPath": volume["mount_path"]}
     optional = {"subPath": volume.get("sub_path"), "readOnly": volume.get("read_only")}
     return mount | {key: value for key, value in optional.items() if value}
 
 
-def _cache_source(cache: Mapping[str, Any]) -> dict[str, Any]:
+def cache_source(cache: Mapping[str, Any]) -> dict[str, Any]:
     if cache.get("pvc"):
         return {"persistentVolumeClaim": {"claimName": cache["pvc"]}}
     if cache.get("host_path"):
@@ -550,7 +550,7 @@ def _cache_mount(spec: JobSpec, *, read_only: bool) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- security
 
 
-def _pod_security(options: Mapping[str, Any]) -> dict[str, Any]:
+def pod_security(options: Mapping[str, Any]) -> dict[str, Any]:
     user = _user(options)
     context: dict[str, Any] = {"seccompProfile": {"type": "RuntimeDefault"}}
     if options.get("security") != "image":
@@ -564,7 +564,7 @@ def _user(options: Mapping[str, Any]) -> int:
     return DEFAULT_USER if user is None else int(user)
 
 
-def _container_security(options: Mapping[str, Any], *, read_only_root: bool) -> dict[str, Any]:
+def container_security(options: Mapping[str, Any], *, read_only_root: bool) -> dict[str, Any]:
     context: dict[str, Any] = {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
@@ -575,7 +575,7 @@ def _container_security(options: Mapping[str, Any], *, read_only_root: bool) -> 
     return context
 
 
-def _main_security(options: Mapping[str, Any]) -> dict[str, Any]:
+def main_security(options: Mapping[str, Any]) -> dict[str, Any]:
     read_only_root = bool(options.get("read_only_root"))
     if options.get("security") == "image":
         return {"readOnlyRootFilesystem": True} if read_only_root else {}

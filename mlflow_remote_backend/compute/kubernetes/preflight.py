@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -59,11 +59,11 @@ Right = tuple[str, str, str]
 def check(api: Api, namespace: str, spec: JobSpec, built: Manifest, secrets: Secrets) -> tuple[str, ...]:
     """Notices about what could not be checked. Raises ConfigError or ComputeError where the job could never run."""
     check_addresses(spec, secrets)
-    denied = missing_rights(api, namespace)
-    _require_rights(namespace, denied)
-    _check_namespace(api, namespace)
-    notices = [f"no right to {_named(right)}: {OPTIONAL[right]}" for right in OPTIONAL if right in denied]
-    return (*notices, *_dry_run(api, namespace, built, secrets, pods=CREATE_PODS not in denied))
+    lacking = missing_rights(api, namespace)
+    _require_rights(namespace, lacking)
+    check_namespace(api, namespace)
+    notices = [f"no right to {named(right)}: {OPTIONAL[right]}" for right in OPTIONAL if right in lacking]
+    return (*notices, *_dry_run(api, namespace, built, secrets, pods=CREATE_PODS not in lacking))
 
 
 # --------------------------------------------------------------------------------------------------------- addresses
@@ -170,14 +170,19 @@ def _once(key: tuple[Any, ...], ask: Callable[[], Any]) -> Any:
 
 def missing_rights(api: Api, namespace: str) -> frozenset[Right]:
     """Which of REQUIRED and OPTIONAL the caller lacks. What the cluster does not want to tell counts as granted."""
-    wanted = [*REQUIRED, *OPTIONAL]
+    return denied(api, namespace, (*REQUIRED, *OPTIONAL))
+
+
+def denied(api: Api, namespace: str, wanted: Iterable[Right]) -> frozenset[Right]:
+    """Which of these rights the caller lacks. What the cluster does not want to tell counts as granted."""
+    rights = tuple(wanted)
 
     def ask() -> frozenset[Right]:
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="preflight") as pool:
-            allowed = list(pool.map(lambda right: _allowed(api, namespace, right), wanted))
-        return frozenset(right for right, each in zip(wanted, allowed, strict=True) if not each)
+            allowed = list(pool.map(lambda right: _allowed(api, namespace, right), rights))
+        return frozenset(right for right, each in zip(rights, allowed, strict=True) if not each)
 
-    found: frozenset[Right] = _once((id(api), namespace, "rights"), ask)
+    found: frozenset[Right] = _once((id(api), namespace, "rights", rights), ask)
     return found
 
 
@@ -203,13 +208,13 @@ def _require_rights(namespace: str, denied: frozenset[Right]) -> None:
     lacking = [right for right in REQUIRED if right in denied]
     if lacking:
         raise ComputeError(
-            f"You lack rights in namespace {namespace}: {', '.join(map(_named, lacking))}.",
+            f"You lack rights in namespace {namespace}: {', '.join(map(named, lacking))}.",
             hint=f"An administrator of the namespace can grant them by this Role:\n\n{role()}",
             code="FORBIDDEN",
         )
 
 
-def _named(right: Right) -> str:
+def named(right: Right) -> str:
     verb, group, resource = right
     return f"{verb} {resource}" + (f".{group}" if group else "")
 
@@ -231,7 +236,7 @@ def pinned(image: str) -> Pinned:
 # --------------------------------------------------------------------------------------------------------- namespace
 
 
-def _check_namespace(api: Api, namespace: str) -> None:
+def check_namespace(api: Api, namespace: str) -> None:
     """It exists and is not being deleted. Without the right to read it, the dry run tells."""
     try:
         found = api.get(f"/api/v1/namespaces/{namespace}", patience_s=PATIENCE_S).body
