@@ -164,6 +164,13 @@ def _any_run():
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 
+#: Shell: wait until the test's process catches SIGTERM, which it does while it follows the run.
+UNTIL_WATCHED = (
+    f"until [ $((0x$(sed -n 's/^SigCgt:[^0-9a-f]*//p' /proc/{os.getpid()}/status) >> {signal.SIGTERM - 1} & 1)) = 1 ]; "
+    "do sleep 0.05; done"
+)
+
+
 def run_synchronously(project, **config):
     return mlflow.projects.run(
         str(project), backend="remote", env_manager="local", backend_config=config, synchronous=True
@@ -209,7 +216,7 @@ def test_a_detach_from_a_synchronous_run_is_no_keyboard_interrupt_and_writes_no_
 ):
     """MLflow's own waiting would mark the run FAILED."""
     stop = tmp_path / "stop"
-    project = make_project(f"kill -TERM {os.getpid()}; while [ ! -e {stop} ]; do sleep 0.1; done")
+    project = make_project(f"{UNTIL_WATCHED}; kill -TERM {os.getpid()}; while [ ! -e {stop} ]; do sleep 0.1; done")
     with pytest.raises(mlflow.exceptions.ExecutionException, match="Detached from run"):
         run_synchronously(project, stream_output=False)
     run = only_run()
@@ -219,7 +226,7 @@ def test_a_detach_from_a_synchronous_run_is_no_keyboard_interrupt_and_writes_no_
 
 
 def test_ctrl_c_in_a_synchronous_run_ends_killed_not_failed(sqlite_tracking, make_project):
-    project = make_project(f"trap 'exit 0' TERM; kill -INT {os.getpid()}; while :; do sleep 0.1; done")
+    project = make_project(f"trap 'exit 0' TERM; {UNTIL_WATCHED}; kill -INT {os.getpid()}; while :; do sleep 0.1; done")
     with pytest.raises(mlflow.exceptions.ExecutionException, match="KILLED"):
         run_synchronously(project, stream_output=False)
     view = only_run().view()
