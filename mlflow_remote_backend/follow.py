@@ -344,8 +344,9 @@ class Follower:
 
     def _tell(self, status: JobStatus) -> None:
         """One line whenever something changes that a person who waits wants to know."""
-        if status.phase.order() < self._furthest.order() and status.attempt == self._attempt:
-            return  # an old answer, or what is left of a folder that is being removed: a job only moves forward
+        back = status.phase.order() < self._furthest.order() and status.attempt == self._attempt
+        if back and status.phase is not Phase.QUEUED:
+            return  # an old answer, or what is left of a folder that is being removed: only a queue takes a job back
         self._furthest, self._attempt = status.phase, status.attempt
         if status.phase is Phase.DONE or (status.phase is Phase.RUNNING and status.diagnosis is None):
             return

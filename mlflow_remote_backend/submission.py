@@ -394,6 +394,7 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
     tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
     handle = compute.submit(request, secrets)
     tags = {PREFIX + "job_uid": handle.uid, PREFIX + "image": handle.image, PREFIX + "snapshot_stored": "true"}
+    tags[PREFIX + "phase"] = Phase.QUEUED.value if handle.queued else ""
     with contextlib.suppress(TrackingError):  # the job runs, and is found by its URL: no reason to end it
         tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
     return handle

@@ -58,12 +58,14 @@ class JobHandle:
     """Where a job is: a URL (``local://MACHINE_ID/RUN_ID``, ``docker://…``, ``kubernetes://…``).
 
     ``uid`` names the very job (a Job's uid, a container's id, pid and start time), so that a namesake is never touched.
-    ``image``: what the program's image is pinned to, where the compute knows; only for the run's record.
+    ``image``: what the program's image is pinned to, where the compute knows; only for the run's record, as ``queued``:
+    a queue holds the job back, and nothing of it has begun.
     """
 
     url: str
     uid: str = ""
     image: str = field(default="", compare=False)
+    queued: bool = field(default=False, compare=False)
 
     @property
     def scheme(self) -> str:

@@ -25,7 +25,7 @@ from .outputs import Problem
 from .parts import LogUploader
 from .record import RecordError, RunLook, RunRecord, Trouble, persist
 from .spool import Prepared, Spool, kill_orphans, read_json, write_json
-from .verdict import Verdict, classify, will_retry
+from .verdict import Verdict, classify, taken_back, will_retry
 
 ERROR = "logs/error.txt"
 NOT_STORED = "remote/outputs_not_stored.txt"
@@ -54,6 +54,8 @@ class Outcome:
 class Job:
     """A job's attempt (they count from 0), and who looks after it: ``owner``, as in the tag ``.owner``.
 
+    ``tries``: which of the attempts that ``retry`` allows this is. A queue that takes a job back and starts it again
+    has made one more attempt, but used none of these.
     ``work_dir``: where the output folders are; None: the program's working folder. ``last_chance``: nobody will come
     back to this spool, so at ``finalize_timeout`` the run is ended as well as possible.
     """
@@ -65,6 +67,7 @@ class Job:
     work_dir: Path | None = None
     attempt: int = 0
     last_chance: bool = False
+    tries: int = 0
     claimed: threading.Event = field(default_factory=threading.Event, compare=False)
 
     def claim(self) -> None:
@@ -91,7 +94,7 @@ def finish(
 ) -> Outcome:
     """Do what is left to do at the end of a job whose program and runner are dead. Idempotent; blocks at most about
     ``finalize_timeout``."""
-    job = Job(spec, Spool(spool_dir), record, owner or runner_name(), work_dir, attempt, last_chance)
+    job = Job(spec, Spool(spool_dir), record, owner or runner_name(), work_dir, attempt, last_chance, attempt)
     return finish_job(job, LogUploader(job.spool, record, attempt=attempt))
 
 
@@ -191,8 +194,12 @@ class _End:
         self._try("the log", lambda: self._uploader.step(final=True))
         if self._verdict.status == "FAILED" and not known_better:
             self._try(ERROR, self._upload_error)
-        if will_retry(self._verdict, self._job.spec.retry, self._job.attempt):
-            return self._leave_to_next_attempt()
+        if will_retry(self._verdict, self._job.spec.retry, self._job.tries):
+            attempt, of = self._job.tries + 1, self._job.spec.retry.max_attempts
+            return self._leave_to_next_attempt(f"Attempt {attempt} of {of} failed, another one follows:")
+        queue = str(self._job.spec.options.get("queue") or "")
+        if taken_back(self._verdict, queue):
+            return self._leave_to_next_attempt(f"Stopped, perhaps by queue {queue}, which then starts it again:")
         self._upload_outputs()
         if self._pending and not self._job.last_chance:
             return self._outcome()
@@ -252,11 +259,10 @@ class _End:
 
     # -- the run
 
-    def _leave_to_next_attempt(self) -> Outcome:
+    def _leave_to_next_attempt(self, why: str) -> Outcome:
         """No status yet: the run goes on with the next attempt."""
-        attempt, of = self._job.attempt + 1, self._job.spec.retry.max_attempts
-        message = f"Attempt {attempt} of {of} failed, another one follows: {self._verdict.message}"
-        self._try("tags", lambda: self._job.record.log({"phase": Phase.QUEUED.value, "message": message}))
+        tags = {"phase": Phase.QUEUED.value, "message": f"{why} {self._verdict.message}"}
+        self._try("tags", lambda: self._job.record.log(tags))
         return self._outcome(retry=True)
 
     def _end_run(self) -> Outcome:

@@ -29,7 +29,7 @@ from ..job import JobSpec, Phase
 from . import envelope, frames
 from .finalise import RUNNER, Job, Outcome, finish_job, runner_name, summary
 from .parts import LogUploader
-from .record import Backoff, RecordError, RunRecord, Trouble
+from .record import Backoff, RecordError, RunRecord, Trouble, persist
 from .spool import Spool
 
 POLL_S = 0.05
@@ -37,6 +37,7 @@ LAST_WORDS_S = 2.0  # for the record of an execute or prepare that is gone: it m
 UPLOAD_LOOK_S = 0.5
 TELL_S = 0.2  # how late a change of phase may be told
 LOOK_S = 10.0  # at the run, plus up to half of it, so that many runs do not ask at once
+ATTEMPT_PATIENCE_S = 60.0  # for a tracking server that is away while a job of a queue starts
 GONE_LOOKS = 2  # a run must be missing twice before its program is stopped
 
 EXIT_RETRY = 75  # EX_TEMPFAIL: another attempt is to follow; the rules of a Kubernetes Job look for it
@@ -54,6 +55,7 @@ def observe(
     on_phase: Callable[[str], object] = lambda phase: None,
     frames_to: BinaryIO | None = None,
     attempt: int = 0,
+    tries: int | None = None,
     owner: str = "",
     last_chance: bool = False,
 ) -> Outcome:
@@ -64,7 +66,8 @@ def observe(
     Default: execute's lock. ``on_phase`` hears of running, finalizing and done. ``frames_to``: gets frames of the log.
     The others: see :class:`~.finalise.Job`.
     """
-    job = Job(spec, Spool(spool_dir), record, owner or runner_name(), work_dir, attempt, last_chance)
+    tries = attempt if tries is None else tries
+    job = Job(spec, Spool(spool_dir), record, owner or runner_name(), work_dir, attempt, last_chance, tries)
     writer = frames.FrameWriter(job.spool.log, frames_to, attempt) if frames_to is not None else None
     watch = _Watch(job, alive or _lock_held(job.spool), on_phase, writer)
     watch.run()
@@ -216,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             work_dir=Path(options.work) if options.work else None,
             alive=_sidecar_alive(spool, lambda: told_to_end.is_set() or _exists(options.told_to_end)),
             frames_to=out,
-            attempt=options.attempt,
+            attempt=_attempt(spec, record, options),
+            tries=options.attempt,
             owner=options.owner,
             last_chance=True,
         )
@@ -224,6 +228,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome.retry:
         return EXIT_RETRY
     return 0 if outcome.finalized or outcome.gone else EXIT_PENDING
+
+
+def _attempt(spec: JobSpec, record: RunRecord, options: argparse.Namespace) -> int:
+    """Which attempt of the run this is. Kubernetes counts failures, so it begins anew when a queue takes a job back and
+    starts it again; the run knows better. Blocks for jobs of a queue only.
+    """
+    counted = int(options.attempt)
+    if not spec.options.get("queue"):
+        return counted
+    try:
+        tags = persist(record.look, time.monotonic() + ATTEMPT_PATIENCE_S).tags
+    except RecordError:
+        return counted
+    owner, before = tags.get("owner", ""), tags.get("attempt", "")
+    if not owner.startswith(RUNNER) or not before.isdigit():
+        return counted
+    return max(counted, int(before) if owner == options.owner else int(before) + 1)
 
 
 def _sidecar_alive(spool: Spool, told_to_end: Callable[[], bool]) -> Callable[[], bool]:

@@ -152,6 +152,11 @@ def will_retry(verdict: Verdict, retry: Retry, attempt: int) -> bool:
     return verdict.exit_code is not None and verdict.exit_code in retry.exit_codes
 
 
+def taken_back(verdict: Verdict, queue: str) -> bool:
+    """Whether the job's queue may have stopped it, to start it again later: more than that is not seen from inside."""
+    return bool(queue) and verdict.reason in (Reason.TERMINATED, Reason.KILLED_BY_SYSTEM)
+
+
 # -------------------------------------------------------------------------------------------------------------- words
 
 

@@ -136,6 +136,16 @@ def test_a_job_that_was_never_let_go_is_still_being_created() -> None:
     assert (status.phase, status.gone, status.diagnosis) == (Phase.CREATING, False, None)
 
 
+def test_a_job_that_its_queue_has_taken_back_waits_though_its_pod_has_ended() -> None:
+    def taken_back(document: Document) -> None:
+        document["job"]["spec"]["suspend"] = True
+        document["job"]["metadata"].setdefault("annotations", {})[names.RELEASED] = "true"
+        document["pods"][0]["status"]["phase"] = "Failed"
+
+    status = told("suspended-running", change=taken_back)
+    assert (status.phase, status.gone, status.diagnosis) == (Phase.QUEUED, False, None)
+
+
 def test_a_job_suspended_while_it_runs_says_so() -> None:
     status = told("suspended-running")
     assert "suspended" in status.detail

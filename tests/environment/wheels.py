@@ -121,6 +121,7 @@ class Index:
     requests: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     port: int = 0
+    host: str = "127.0.0.1"
 
     def add(self, *packages: tuple[str, bytes]) -> Index:
         self.files.update(packages)
@@ -128,10 +129,10 @@ class Index:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/simple"
+        return f"http://{self.host}:{self.port}/simple"
 
     def address(self, path: str, userinfo: str = "") -> str:
-        return f"http://{userinfo}127.0.0.1:{self.port}/{path}"
+        return f"http://{userinfo}{self.host}:{self.port}/{path}"
 
     def downloads(self) -> list[str]:
         """Files that were fetched, in order."""
@@ -153,7 +154,7 @@ def _project(file_name: str) -> str:
 
 @contextmanager
 def serving(index: Index) -> Iterator[Index]:
-    """Serves ``index`` on 127.0.0.1 for the duration of the block."""
+    """Serves ``index`` on its host for the duration of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -189,7 +190,7 @@ def serving(index: Index) -> Iterator[Index]:
         def log_message(self, *arguments: object) -> None:
             """Silent: the tests look at ``index.requests``."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((index.host, 0), Handler)
     index.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import struct
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import REGISTRY, Document, Namespace, Tracking, until
+from namespaces import REGISTRY, Document, Namespace, Tracking, own_addresses, until
 from tracking_server import TrackingServer, running_server
 
 from mlflow_remote_backend.compute.kubernetes import objects
@@ -30,7 +28,6 @@ IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
 SHELL_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_SHELL_IMAGE")
 RUNNER_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_RUNNER_IMAGE")
 TRACKING_HOST = os.environ.get("MLFLOW_REMOTE_TEST_TRACKING_HOST")
-SIOCGIFADDR = 0x8915
 
 
 @pytest.fixture(scope="session")
@@ -131,19 +128,6 @@ def _reached_from_a_pod(place: Namespace, image: str, port: int) -> str:
     if not found:
         pytest.fail("no address of this machine is reached from a pod; set MLFLOW_REMOTE_TEST_TRACKING_HOST")
     return found
-
-
-def own_addresses() -> list[str]:
-    """IPv4 addresses of this machine's interfaces but loopback. Linux."""
-    import fcntl
-
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, interface in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                raw = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-                found.append(socket.inet_ntoa(raw[20:24]))
-    return [each for each in found if not each.startswith("127.")]
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ REGISTRY = os.environ.get("MLFLOW_REMOTE_TEST_REGISTRY", "127.0.0.1:5000")
 
 Document = dict[str, Any]
 
+SIOCGIFADDR = 0x8915
+
 
 def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "") -> Any:
     """Polls until it is true and returns its value; else the test fails."""
@@ -28,6 +32,19 @@ def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "") -
             pytest.fail(f"not within {timeout_s} s: {what or condition}")
         time.sleep(0.1)
     return value
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this machine's interfaces but loopback. Linux."""
+    import fcntl
+
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                raw = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+                found.append(socket.inet_ntoa(raw[20:24]))
+    return [each for each in found if not each.startswith("127.")]
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ class KubernetesCompute:
         if not objects.annotation(job, names.RELEASED):
             path = f"{self._jobs_path(api)}/{built.name}"
             api.patch(path, built.release, patience_s=SUBMIT_PATIENCE_S)
-        return JobHandle(self.handle_url(request.spec), objects.uid(job))
+        queued = bool(request.spec.options.get("queue"))
+        return JobHandle(self.handle_url(request.spec), objects.uid(job), queued=queued)
 
     def _built(self, spec: JobSpec, secrets: Secrets) -> Manifest:
         program = tuple(sorted({*spec.secret_names, *secrets.program}))

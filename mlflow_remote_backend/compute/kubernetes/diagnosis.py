@@ -79,12 +79,12 @@ def _with_job(seen: Observation, job: Raw) -> JobStatus:
         if (job.get("spec") or {}).get("suspend"):
             status = dataclasses.replace(status, detail="suspended by somebody; its pod is being stopped")
         return _noting_deletion(status, job)
-    if seen.pods and _no_other_pod_follows(job, seen.pods[0]):
-        return _ended(seen.pods[0])
     if (job.get("spec") or {}).get("suspend") and not objects.annotation(job, names.RELEASED):
         return JobStatus(Phase.CREATING, detail="the Job exists, and its submitter has not let it go yet")
     if (job.get("spec") or {}).get("suspend"):
         return JobStatus(Phase.QUEUED, detail=_suspension(job), attempt=_next_attempt(seen))
+    if seen.pods and _no_other_pod_follows(job, seen.pods[0]):
+        return _ended(seen.pods[0])
     if objects.deleted_at(job):
         found = Diagnosis(Reason.JOB_DELETED, "The Job is being deleted.", fatal=False)
         return JobStatus(Phase.STARTING, found, attempt=_next_attempt(seen))

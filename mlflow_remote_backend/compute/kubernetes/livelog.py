@@ -39,6 +39,26 @@ class Position:
 
 
 @dataclass
+class Cursor:
+    """What the reader has: so many bytes of this attempt's log."""
+
+    attempt: int
+    offset: int
+
+    def fresh(self, frame: Frame) -> LogChunk | None:
+        """What of a log frame lies behind the cursor, which moves on."""
+        if frame.kind != "log" or frame.attempt < self.attempt:
+            return None
+        if frame.attempt > self.attempt:
+            self.attempt, self.offset = frame.attempt, 0
+        known = max(0, self.offset - frame.offset)
+        if known >= len(frame.data):
+            return None
+        self.offset = frame.offset + len(frame.data)
+        return LogChunk(frame.offset + known, frame.data[known:], frame.attempt)
+
+
+@dataclass
 class LiveLog:
     """The log of one job over all its attempts. Not for two readers at once."""
 
@@ -61,16 +81,16 @@ class LiveLog:
     ) -> Iterator[LogChunk]:
         """Chunks from ``offset`` of ``attempt`` on, then of later attempts. Raises nothing.
 
-        With ``follow`` until the sidecar has said its last word or the stream breaks off; else what is there now.
+        With ``follow`` until the sidecar has said its last word or the stream breaks off; else what is there now. Which
+        attempt a pod is its frames tell: Kubernetes counts from 0 again when a queue starts a job anew.
         """
         if self.forbidden or time.monotonic() < self._not_before or not _STREAMS.acquire(blocking=False):
             return
         try:
-            for pod in sorted(pods, key=objects.attempt):
-                its_attempt = objects.attempt(pod)
-                if its_attempt >= attempt and objects.uid(pod) not in self._complete and _talks(pod):
-                    start = offset if its_attempt == attempt else 0
-                    yield from self._read_pod(api, namespace, pod, start, follow and not objects.ended(pod))
+            cursor = Cursor(attempt, offset)
+            for pod in sorted(pods, key=lambda pod: (objects.attempt(pod), objects.created_at(pod))):
+                if objects.uid(pod) not in self._complete and _talks(pod):
+                    yield from self._read_pod(api, namespace, pod, cursor, follow and not objects.ended(pod))
             self._failures = 0
         except ApiError as error:
             self.forbidden = error.status == 403
@@ -85,10 +105,10 @@ class LiveLog:
         self._not_before = time.monotonic() + pause_s
 
     def _read_pod(
-        self, api: Api, namespace: str, pod: Mapping[str, Any], offset: int, follow: bool
+        self, api: Api, namespace: str, pod: Mapping[str, Any], cursor: Cursor, follow: bool
     ) -> Iterator[LogChunk]:
         position = self._positions.setdefault(objects.uid(pod), Position())
-        known = position.timestamp if offset >= position.offset else ""
+        known = position.timestamp if cursor.offset >= position.offset else ""
         blocks = api.stream(
             f"/api/v1/namespaces/{namespace}/pods/{objects.name(pod)}/log",
             read_timeout_s=SILENCE_S,
@@ -106,9 +126,9 @@ class LiveLog:
                     continue
                 heard = True
                 position.timestamp = timestamp.decode("ascii", "replace")
-                chunk = _fresh(frame, offset)
+                chunk = cursor.fresh(frame)
                 if chunk is not None:
-                    offset = position.offset = chunk.offset + len(chunk.data)
+                    position.offset = cursor.offset
                     yield chunk
                 if frame.kind == "end":
                     self._take_end(pod, frame)
@@ -131,11 +151,3 @@ class LiveLog:
 def _talks(pod: Mapping[str, Any]) -> bool:
     """Its sidecar has been started, so that it has a log."""
     return objects.container(pod, OBSERVE).state in ("running", "terminated")
-
-
-def _fresh(frame: Frame, offset: int) -> LogChunk | None:
-    """What of a log frame lies behind ``offset``."""
-    if frame.kind != "log" or frame.offset + len(frame.data) <= offset:
-        return None
-    known = max(0, offset - frame.offset)
-    return LogChunk(frame.offset + known, frame.data[known:], frame.attempt)
