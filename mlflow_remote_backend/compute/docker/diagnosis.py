@@ -80,6 +80,13 @@ def of_start(name: str, image: str, words: str) -> Diagnosis:
             words=words,
             hint="Use an image with a POSIX shell: distroless and scratch images have none.",
         )
+    if "could not select device driver" in lowered or "nvidia-container-cli" in lowered:
+        return Diagnosis(
+            Reason.CONTAINER_CONFIG,
+            f"The Docker engine cannot give container {name} the GPUs that it asks for.",
+            words=words,
+            hint="Its machine needs the driver and the NVIDIA Container Toolkit: `docker run --gpus all …` must work.",
+        )
     if "bind source path does not exist" in lowered or "mount" in lowered or "volume" in lowered:
         return Diagnosis(
             Reason.VOLUME,
