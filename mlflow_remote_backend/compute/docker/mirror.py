@@ -64,9 +64,20 @@ class LocalLog:
 
 
 class Mirror:
-    """Brings what is new in a container's spool. One thread at a time."""
+    """Brings what is new in a container's spool. One thread at a time.
 
-    def __init__(self, engine: Engine, container: str, spool: Path, give_up: Callable[[], bool]) -> None:
+    ``full``: called about once a second while the log is followed, with whether the container's disk is full.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        container: str,
+        spool: Path,
+        give_up: Callable[[], bool],
+        full: Callable[[bool], object] = lambda is_full: None,
+    ) -> None:
+        self._full = full
         self._engine = engine
         self._container = container
         self._spool = spool
@@ -110,7 +121,9 @@ class Mirror:
 
     def _take_record(self, line: bytes) -> None:
         name, _, text = line.partition(b" ")
-        if name.decode(errors="replace") in _RECORDS:
+        if name in (b"alive", b"full"):
+            self._full(name == b"full")
+        elif name.decode(errors="replace") in _RECORDS:
             self._write_record(name.decode(), text)
 
     def _write_record(self, name: str, content: bytes) -> None:

@@ -76,7 +76,9 @@ while :; do
         for name in started.json vitals.json; do
             [ -e "$spool/$name" ] && printf '%s %s\n' "$name" "$(cat "$spool/$name")" >&2
         done
-        printf 'alive\n' >&2
+        if printf '%4096s' '' 2>/dev/null > "$spool/.room"; then state=alive; else state=full; fi
+        rm -f "$spool/.room"
+        printf '%s\n' "$state" >&2
     fi
     turn=$((turn + 1))
     sleep 0.2 2>/dev/null || sleep 1

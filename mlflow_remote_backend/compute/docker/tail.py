@@ -7,7 +7,8 @@ One file, standard library only, Python 3.7 or newer. The protocol, which ``mirr
 - stdin: first a line ``OFFSET GREETING``; nothing is sent before it. Later lines ``drop OFFSET``: what lies before is
   safe elsewhere, so whole segments before it may go. End of file: nobody listens any more.
 - stdout: a line with the greeting, then the log's bytes from that offset, unchanged.
-- stderr: each second lines ``NAME JSON``, small files of the spool as they are, and ``alive``.
+- stderr: each second lines ``NAME JSON``, small files of the spool as they are, and ``alive``, or ``full`` where the
+  spool's disk has no room for more.
 
 Ends when the program has ended and everything is sent, or with its container.
 """
@@ -21,6 +22,7 @@ SEGMENT_BYTES = 8 * 1024 * 1024  # as in spool.py
 READ_BYTES = 256 * 1024
 POLL_S = 0.03
 RECORDS_S = 1.0
+ROOM_BYTES = 4096
 RECORDS = ("started.json", "vitals.json")
 
 
@@ -39,12 +41,16 @@ def read(folder: str, offset: int) -> bytes:
 def drop_before(folder: str, offset: int) -> None:
     """Remove segments that lie wholly before ``offset``, from the newest of them down to the first that is gone."""
     segment = offset // SEGMENT_BYTES - 1
-    while segment >= 0:
-        try:
-            os.unlink(os.path.join(folder, "log", f"{segment:06d}"))
-        except OSError:
-            return
+    while segment >= 0 and unlink(os.path.join(folder, "log", f"{segment:06d}")):
         segment -= 1
+
+
+def unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def send(descriptor: int, data: bytes) -> None:
@@ -60,7 +66,18 @@ def send_records(folder: str) -> None:
         except OSError:
             continue
         send(2, name.encode() + b" " + text.replace(b"\n", b" ") + b"\n")
-    send(2, b"alive\n")
+    send(2, b"alive\n" if has_room(folder) else b"full\n")
+
+
+def has_room(folder: str) -> bool:
+    path = os.path.join(folder, ".room")
+    try:
+        with open(path, "wb", 0) as file:
+            return file.write(bytes(ROOM_BYTES)) == ROOM_BYTES
+    except OSError:
+        return False
+    finally:
+        unlink(path)
 
 
 def follow(folder: str, offset: int) -> None:

@@ -63,6 +63,7 @@ class ContainerRun:
         self._ended = threading.Event()
         self._stop_by: float | None = None
         self._said = ""
+        self._full_since: float | None = None
         self._collected = False
         self._nothing_left = False
         self._watcher = threading.Thread(target=self._watch, name="container", daemon=True)
@@ -133,7 +134,8 @@ class ContainerRun:
                 self._record(Diagnosis(Reason.KILLED_BY_SYSTEM, "The supervisor died before the program was started."))
                 self._remove()
             else:
-                self._follow(Mirror(self._engine, self._container, self._folder.spool, self._too_late))
+                spool = self._folder.spool
+                self._follow(Mirror(self._engine, self._container, spool, self._too_late, self._disk_is_full))
         except _GivenUp:
             self._record(
                 Diagnosis(
@@ -147,6 +149,18 @@ class ContainerRun:
             self._record(Diagnosis(Reason.BOOTSTRAP, f"Container {self._name} could not be followed.", words=words))
         finally:
             self._ended.set()
+
+    def _disk_is_full(self, is_full: bool) -> None:
+        """The program waits in its write, for ``finalize_timeout``: somebody may make room."""
+        if not is_full:
+            if self._full_since is not None:
+                self._say("")
+            self._full_since = None
+            return
+        self._full_since = self._full_since or time.monotonic()
+        self._say("the Docker engine's disk is full and the program waits: make room there, or cancel the run")
+        if time.monotonic() > self._full_since + self._spec.limits.finalize_timeout_s:
+            self._engine.kill(self._container)
 
     def _follow(self, mirror: Mirror) -> None:
         self._bring(self._until_ended(mirror), mirror)
@@ -215,6 +229,8 @@ class ContainerRun:
             self._write_exit(_with_what_we_know(record, found, trouble))
         elif self._spool.cancel_requested():
             self._record(Diagnosis(Reason.CANCELLED, f"Cancelled; container {self._name} was killed."))
+        elif self._full_since is not None:
+            self._record(diagnosis.no_space(""))
         else:
             own = "" if found is None else self._ask(lambda: self._engine.words_of(self._container))
             self._record(diagnosis.of_ended(self._name, found, own, self._spec.resources.memory_bytes))
