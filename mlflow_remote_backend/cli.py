@@ -284,13 +284,17 @@ def _rounded(value: Any) -> str:
 
 def _ls(arguments: argparse.Namespace) -> int:
     from .deployment import looking
+    from .follow import stderr_line
     from .submitted_run import details, looked_at
 
     tracking = _tracking(arguments)
     found = tracking.runs("attributes.status = 'RUNNING'" if arguments.running else "", limit=arguments.n)
     views = [looked_at(tracking, view) for view in found]
     views = [view for view in views if not (arguments.running and view.ended)]
-    deployed = looking.statuses()
+    seen = looking.everywhere()
+    deployed = seen.statuses
+    for sentence in seen.unknown:
+        stderr_line(sentence)
     data = [*(details(view) for view in views), *(looking.data(status) for status in deployed)]
     _print(arguments, data, lambda: "\n".join([*map(_line, views), *map(looking.line, deployed)]))
     return OK

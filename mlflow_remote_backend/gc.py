@@ -42,13 +42,16 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     yield from _folders(tracking, dry_run)
     yield from _engine(tracking, dry_run, cache)
     yield from _clusters(tracking, dry_run)
-    for name, compute in looking.collect(ABSENT_S, dry_run=dry_run):
-        what = f"{name} on {compute}"
-        yield Collected(
-            "deployment", what, ("would be " if dry_run else "") + "removed: it never served, its maker died"
-        )
+    yield from _deployments(dry_run)
     if not dry_run:
         yield from (Collected("scratch", str(path), "removed: its submission died") for path in sweep())
+
+
+def _deployments(dry_run: bool) -> Iterator[Collected]:
+    why = {"deployment": "it never served, its maker died", "leftover": "whoever was at it died"}
+    for kind, what, place in looking.collect(ABSENT_S, dry_run=dry_run):
+        action = f"{'would be ' if dry_run else ''}removed: {why.get(kind, '')}" if kind in why else what
+        yield Collected(kind, f"{what} on {place}" if kind in why else place, action)
 
 
 def _abandoned_runs(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:

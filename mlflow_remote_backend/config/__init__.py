@@ -19,7 +19,7 @@ from .options import (
     SecretRef,
     SnapshotOptions,
 )
-from .parser import parse, schema
+from .parser import named_computes, parse, schema
 
 __all__ = [
     "BackendConfig",
@@ -32,6 +32,7 @@ __all__ = [
     "RegisterModel",
     "SecretRef",
     "SnapshotOptions",
+    "named_computes",
     "parse",
     "schema",
 ]

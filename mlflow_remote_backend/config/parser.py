@@ -73,6 +73,12 @@ def schema() -> dict[str, Any]:
     return {"$schema": dialect, "title": "backend_config of mlflow-remote-backend", **whole}
 
 
+def named_computes(environ: Mapping[str, str]) -> list[str]:
+    """Names of the computes that the user's own ``mlflow-remote.yaml`` defines. Raises ConfigError."""
+    home = Path(environ.get("HOME") or Path.home())
+    return list(_named_computes(_candidates(None, environ, home), Place("mlflow-remote.yaml", Path.cwd(), home)))
+
+
 def installed_computes() -> set[str]:
     """Names of the computes that other distributions bring, by entry points of ``mlflow_remote_backend.compute``."""
     from importlib.metadata import entry_points

@@ -38,6 +38,8 @@ def _payload(inputs: Any) -> Any:
     if isinstance(inputs, (str, bytes)):
         return json.loads(inputs)
     if hasattr(inputs, "to_dict") and hasattr(inputs, "columns"):
+        if list(inputs.columns) in _READ_FROM_FILES:
+            return _as_it_was(inputs)
         split = inputs.to_dict(orient="split")
         return {"dataframe_split": {"columns": split["columns"], "data": split["data"]}}
     if isinstance(inputs, Mapping):
@@ -45,6 +47,17 @@ def _payload(inputs: Any) -> Any:
     if hasattr(inputs, "to_frame"):
         return _payload(inputs.to_frame())
     return {"inputs": inputs}
+
+
+#: ``mlflow deployments predict -I FILE`` reads every file as a table, one with the server's own fields too.
+_READ_FROM_FILES = (["dataframe_split"], ["dataframe_records"])
+
+
+def _as_it_was(table: Any) -> dict[str, Any]:
+    """``{"dataframe_split": {"columns": …}}`` as pandas reads it: a row for each inner key."""
+    field = table.columns[0]
+    column = table[field]
+    return {field: list(column) if field == "dataframe_records" else column.to_dict()}
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from .. import submission_folder
 from ..display import Terminal, harmless
-from ..errors import RemoteError, RequestError
+from ..errors import ComputeError, RemoteError, RequestError
 from ..follow import stderr_line
 from ..submission import plain
 from ..tracking import Tracking
@@ -123,9 +123,17 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
             if self._compute or config:
                 _target(self._parsed(config)).delete(name)
                 return
-            for where, status in looking.everywhere():
-                if status.name == name:
-                    where.delete(name)
+            seen = looking.everywhere()
+            found = [where for where, status in seen.found if status.name == name]
+            if not found and seen.unknown:
+                raise ComputeError(
+                    f"Whether there is a deployment {name} is not known.",
+                    words=" ".join(seen.unknown),
+                    hint="Name its place, which is waited for longer: the target remote:/COMPUTE.",
+                    transient=True,
+                )
+            for where in found:
+                where.delete(name)
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """All deployments on the target's compute; for ``remote`` alone those of every place that answers."""
@@ -189,7 +197,10 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
     def _statuses(self) -> list[DeploymentStatus]:
         if self._compute:
             return _target(self._parsed(None)).statuses()
-        return looking.statuses()
+        seen = looking.everywhere()
+        for sentence in seen.unknown:
+            stderr_line(sentence)
+        return seen.statuses
 
     def _existing(self, name: str) -> tuple[Target, DeploymentStatus]:
         """The deployment and where it is. Without a compute in the target's URI, every place is looked at."""

@@ -4,6 +4,12 @@ The state is on the engine: labels find the container, files in it say what it s
 The model is copied in, so the engine may be anywhere. The environment is in the volume that jobs share, mounted
 read-only. The container has no capability, no new privileges, and a user without rights; Docker starts it again after
 a restart of the engine. While an update has two models loaded, the memory limit is the sum of what both may use.
+
+What a running container cannot become (another image, user, port, label …) an update makes a second one for, named
+``mld-NAME.next``. Where it shall have the same port, it is in no network while it loads its model, since an engine
+publishes a container's ports when it joins one; then the old one leaves the network and the new one joins it, which
+takes some tenths of a second. The change has happened when the new one has the name: whatever is found half-way before
+that (:meth:`DockerTarget.mend`) is taken back.
 """
 
 from __future__ import annotations
@@ -21,16 +27,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compute.docker import copying, images, request, users
+from ..compute.docker import copying, images, leftovers, request, users
 from ..compute.docker.engine import STDOUT, Endpoint, Engine, LogStream, Refused, registry_auth
 from ..compute.docker.request import Image
 from ..environment import cache
-from ..errors import ComputeError, ConfigError, JobError
+from ..errors import ComputeError, ConfigError, JobError, RequestError
 from ..job import EntryPoint, JobSpec, RunRef, SnapshotRef
 from ..submission import Narrator
 from . import calling
-from .kept import File, Keep, KeptTarget, Software, name_taken
-from .spec import NAME_LABEL, Answer, DeploymentSpec, Order
+from .kept import File, Keep, KeptTarget, Software, being_changed, name_taken
+from .spec import NAME_LABEL, Answer, DeploymentSpec, Order, Secrets
 from .target import Watcher
 
 FOLDER = "/mlflow/deployment"
@@ -39,9 +45,15 @@ USER = "65532:65532"  # who serves where the image names nobody: no user of the 
 SERVICE_LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
 PORTS = range(20000, 32000)  # where a free one is looked for: below those that systems hand out by themselves
 PORT_ATTEMPTS = 20
+PORT_TAKEN = ("port is already allocated", "address already in use")  # by a container, by anybody else
 STOP_MARGIN_S = 15
 ASK_MARGIN_S = 10.0
 READ_ATTEMPTS = 5
+NEXT = ".next"  # after a container's name: the one that is to take its place
+HOLD_S = 15.0  # for a process in the container to say whether it holds the deployment
+DEFAULT_NETWORK = "bridge"
+FILLING_S = 2 * 3600.0  # how long packages may take to be copied to an engine
+MAKER = "deployment-"  # what the run id of a deployment's environment maker starts with
 
 
 class DockerTarget(KeptTarget):
@@ -129,16 +141,18 @@ class DockerTarget(KeptTarget):
     def make(self, spec: DeploymentSpec) -> DockerKeep:
         """The container, not started; its published port is chosen here, since a free one of Docker's own choice would
         change with each start."""
-        image = self._images[request.image_name(as_job(spec))]
         port = spec.service.port or _free_port(spec.service.host, self._taken_ports())
         try:
-            made = self.engine().create(container_name(spec.name), container(spec, image, port))
+            return self._make(container_name(spec.name), spec, port)
         except Refused as error:
             if error.conflict:
                 raise name_taken(spec.name, self.name) from error
             raise
-        owner = users.numeric(spec.options.get("user") or _user(image), "", "")
-        return DockerKeep(self.engine(), made, spec.name, owner)
+
+    def _make(self, name: str, spec: DeploymentSpec, port: int) -> DockerKeep:
+        image = self._images[request.image_name(as_job(spec))]
+        made = self.engine().create(name, container(spec, image, port))
+        return DockerKeep(self.engine(), made, spec.name, _owner(spec.options.get("user") or _user(image)))
 
     def _taken_ports(self) -> set[int]:
         listed = self.engine().containers(NAME_LABEL)
@@ -152,64 +166,151 @@ class DockerTarget(KeptTarget):
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def find(self, name: str) -> DockerKeep | None:
-        found = self.engine().inspect(container_name(name))
+        """The deployment's container; the next one, where a change was killed after it had removed the old one."""
+        return self._find(container_name(name), name) or self._find(container_name(name) + NEXT, name)
+
+    def _find(self, container: str, name: str) -> DockerKeep | None:
+        found = self.engine().inspect(container)
         if found is None or (found["Config"].get("Labels") or {}).get(NAME_LABEL) != name:
             return None
-        owner = users.numeric(str(found["Config"].get("User") or "0:0"), "", "")
-        return DockerKeep(self.engine(), str(found["Id"]), name, owner)
+        return DockerKeep(self.engine(), str(found["Id"]), name, _owner(str(found["Config"].get("User") or "0:0")))
 
     def names(self) -> list[str]:
-        return sorted(each["Labels"][NAME_LABEL] for each in self.engine().containers(NAME_LABEL))
+        return sorted({each["Labels"][NAME_LABEL] for each in self.engine().containers(NAME_LABEL)})
+
+    # -- changing -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def changing(self, name: str) -> Iterator[None]:
-        """A create is alone by the container's name. Two updates at once: the later revision wins, as in a cluster."""
-        yield
+        """A create is alone by the container's name; whoever changes one that runs holds a lock in it."""
+        keep = self.find(name)
+        with keep.held() if keep is not None else contextlib.nullcontext():
+            yield
 
-    def apply(self, order: Order, watcher: Watcher) -> Any:
+    def only_anew(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> list[str]:
+        """What only another container can have. A port that is not asked for is the one that there is."""
+        assert isinstance(keep, DockerKeep)
+        now, then = fixed(before), fixed(after)
+        if not after.service.port:
+            now["service.port"] = 0
+        now["docker.image"], then["docker.image"] = keep.image(), self._images[request.image_name(as_job(after))].id
+        return sorted(key for key in now if now[key] != then[key])
+
+    def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
+        """With memory for two models while both are loaded."""
+        assert isinstance(keep, DockerKeep)
         spec = order.spec
-        if spec.revision == 1:
-            return super().apply(order, watcher)
-        keep = self.find(spec.name)
-        if keep is None:
-            return super().apply(order, watcher)
-        before = keep.memory_bytes()
-        after = spec.resources.memory_bytes
-        if before and after:  # two models are loaded for a while
+        before, after = keep.memory_bytes(), spec.resources.memory_bytes
+        if before and after:
             self.engine().change_limits(keep.container, cpus=None, memory_bytes=before + after)
         kept: int | None = before
         try:
-            status = super().apply(order, watcher)
+            super().roll(keep, order, software, secrets, watcher)
             kept = after
-            return status
         finally:
             with contextlib.suppress(ComputeError):
                 cpus = spec.resources.cpu if kept == after else None
                 self.engine().change_limits(keep.container, cpus=cpus, memory_bytes=kept)
 
-    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
-        """What only a new container could have."""
-        now, then = (self._fixed(each) for each in (before, after))
-        changed = sorted(key for key in now if now[key] != then[key])
-        if changed:
-            raise ConfigError(
-                f"Deployment {after.name} cannot change {', '.join(changed)} while it serves.",
-                key=changed[0],
-                hint="That needs another container: delete the deployment and create it anew.",
-            )
+    def replace(
+        self, keep: Keep, changed: list[str], order: Order, software: Software, secrets: Secrets, watcher: Watcher
+    ) -> None:
+        assert isinstance(keep, DockerKeep)
+        spec = order.spec
+        now = keep.port()
+        port = spec.service.port or now
+        what = f"another container is needed for {', '.join(changed)}; it loads the model beside the one that serves"
+        gap = "then port {} is closed for some tenths of a second, 2 s at most; what is under way then is cut off"
+        watcher.say(f"{what}; {gap.format(port)}" if port == now else f"{what}, and listens on port {port}")
+        following = self._make(container_name(spec.name) + NEXT, spec, port)
+        try:
+            if port == now:
+                following.leave_networks()
+            self.fill(following, order, software, secrets, watcher)
+            with following.held():
+                if port == now:
+                    self._hand_over(keep, following, watcher)
+                self._ask_once(following, spec)
+                self._commit(keep, following, spec, drain=port != now)
+        except BaseException:
+            with contextlib.suppress(ComputeError):
+                self.mend(spec.name)
+            raise
 
-    def _fixed(self, spec: DeploymentSpec) -> dict[str, Any]:
-        options = {f"docker.{key}": spec.options.get(key) for key in ("user", "capabilities", "runtime", "gpus")}
-        return {
-            **options,
-            "docker.image": request.image_name(as_job(spec)),
-            "docker.env_cache": _mounts(spec),
-            "service": spec.service,
-            "resources.gpu": spec.resources.gpu,
-            "resources.shm_size": spec.resources.shm_size_bytes,
-            "labels": dict(spec.labels),
-            "a memory limit": bool(spec.resources.memory_bytes),
-        }
+    def _hand_over(self, keep: DockerKeep, following: DockerKeep, watcher: Watcher) -> None:
+        """The published port, from the one container to the other."""
+        began = time.monotonic()
+        keep.leave_networks()
+        following.join_network()
+        watcher.say(f"the port has changed hands in {time.monotonic() - began:.2f} s")
+
+    def _commit(self, keep: DockerKeep, following: DockerKeep, spec: DeploymentSpec, *, drain: bool) -> None:
+        if drain:
+            keep.discard()
+        else:
+            self.engine().remove(keep.container)
+        self.engine().rename(following.container, container_name(spec.name))
+
+    def mend(self, name: str) -> None:
+        own = self._find(container_name(name), name)
+        following = self._find(container_name(name) + NEXT, name)
+        if own is None and following is not None:
+            self.engine().rename(following.container, container_name(name))
+        elif following is not None:
+            self.engine().remove(following.container)
+        if own is not None:
+            own.join_network()
+
+    def delete(self, name: str) -> None:
+        """Also under the hands of somebody who changes it: what it finds missing ends that."""
+        for container in (container_name(name) + NEXT, container_name(name)):
+            keep = self._find(container, name)
+            if keep is not None:
+                keep.discard()
+
+    # -- what died half-way -------------------------------------------------------------------------------------------
+
+    def sweep(self, older_than_s: float, *, dry_run: bool) -> Iterator[str]:
+        """Changes that were killed, and containers that were to make an environment. One that runs is at work."""
+        for each in self.engine().containers(NAME_LABEL):
+            name, found = each["Labels"][NAME_LABEL], each["Names"][0].lstrip("/")
+            if found != container_name(name) + NEXT or time.time() - each["Created"] < older_than_s:
+                continue
+            try:
+                with self.changing(name):
+                    if not dry_run:
+                        self.mend(name)
+                    yield f"half an update of {name}"
+            except RequestError:  # somebody is at it
+                continue
+        for left in leftovers.leftovers(self.engine()):
+            if left.run_id.startswith(MAKER) and left.age_s > older_than_s and not self._works(left):
+                if not dry_run:
+                    leftovers.remove(self.engine(), left)
+                yield f"{left.kind} {left.name}"
+
+    def _works(self, left: leftovers.Leftover) -> bool:
+        """Whether it runs, or is being filled by somebody whom it cannot be asked about."""
+        state = (self.engine().inspect(left.name) or {}).get("State") or {}
+        return bool(state.get("Running")) or (state.get("Status") == "created" and left.age_s < FILLING_S)
+
+
+def fixed(spec: DeploymentSpec) -> dict[str, Any]:
+    """What a container has from its beginning to its end, by the keys that say it. Pure."""
+    options = {f"docker.{key}": spec.options.get(key) for key in ("user", "capabilities", "runtime", "gpus")}
+    return {
+        **options,
+        "docker.env_cache": _mounts(spec),
+        "service.port": spec.service.port,
+        "service.host": spec.service.host,
+        "resources.gpu": spec.resources.gpu,
+        "resources.shm_size": spec.resources.shm_size_bytes,
+        "resources.memory (a limit or none)": bool(spec.resources.memory_bytes),
+        "resources.cpu (a limit or none)": bool(spec.resources.cpu),
+        "grace_period": int(spec.grace_period_s),
+        "labels": dict(spec.labels),
+        "annotations": dict(spec.annotations),
+    }
 
 
 # -- the container -----------------------------------------------------------------------------------------------------
@@ -224,7 +325,7 @@ def as_job(spec: DeploymentSpec) -> JobSpec:
 
     Its containers carry a run's label, so that ``gc`` takes one whose maker died.
     """
-    run_id = f"deployment-{spec.name}-{hashlib.sha256(spec.dump().encode()).hexdigest()[:8]}"
+    run_id = f"{MAKER}{spec.name}-{hashlib.sha256(spec.dump().encode()).hexdigest()[:8]}"
     return JobSpec(
         run=RunRef(run_id, "", "", ""),
         submission_id=run_id,
@@ -275,6 +376,10 @@ def _mounts(spec: DeploymentSpec) -> list[dict[str, Any]]:
     return [{"Type": "volume", "Source": spec.options["env_cache"], "Target": request.CACHE, "ReadOnly": True}]
 
 
+def _owner(user: str) -> tuple[int, int]:
+    return users.numeric(user, "", "")
+
+
 def _user(image: Image) -> str:
     """The image's own user where it has numbers and is not root; else one without any rights."""
     own = image.user
@@ -314,6 +419,49 @@ class DockerKeep:
             host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(each["HostIp"], each["HostIp"])
             return f"http://{host}:{each['HostPort']}"
         return ""
+
+    def port(self) -> int:
+        """The published one, also while it is not: of the engine's machine."""
+        bound = self._found()["HostConfig"]["PortBindings"][f"{PORT}/tcp"]
+        return int(bound[0]["HostPort"])
+
+    def image(self) -> str:
+        return str(self._found().get("Image"))
+
+    def leave_networks(self) -> None:
+        for network in (self._found().get("NetworkSettings") or {}).get("Networks") or {}:
+            self.engine.leave_network(self.container, network)
+
+    def join_network(self) -> None:
+        """The network that it began in, unless it is in one."""
+        found = self._found()
+        if not (found.get("NetworkSettings") or {}).get("Networks"):
+            mode = found["HostConfig"].get("NetworkMode")
+            self.engine.join_network(self.container, DEFAULT_NETWORK if mode in (None, "", "default") else mode)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds everybody else who would change the deployment. Raises RequestError: somebody does already.
+
+        A container that does not run cannot be held.
+        """
+        if not self.alive():
+            yield
+            return
+        connection = self.engine.exec(self.container, ["python3", "-I", "-S", f"{FOLDER}/server/hold.py", FOLDER])
+        try:
+            said = b""
+            with contextlib.suppress(OSError):
+                said = next((data for kind, data in connection.frames(HOLD_S) if kind == STDOUT), b"")
+            if said.strip() != b"held":
+                raise being_changed(self._name)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                connection.end_input()
+                for _ in connection.frames(HOLD_S):  # until it has let go
+                    pass
+            connection.close()
 
     def memory_bytes(self) -> int:
         return int((self._found().get("HostConfig") or {}).get("Memory") or 0)
@@ -357,7 +505,7 @@ class DockerKeep:
         try:
             self.engine.start(self.container)
         except Refused as error:
-            if "port" in error.words and ("allocated" in error.words or "in use" in error.words):
+            if any(words in error.words for words in PORT_TAKEN):
                 raise ConfigError(
                     f"The port of deployment {self._name} is taken on the engine's machine.",
                     key="service.port",

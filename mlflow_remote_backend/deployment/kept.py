@@ -1,7 +1,7 @@
 """What the targets share whose servers a keeper looks after (``server/keeper.py``): ``local`` and ``docker``.
 
     revisions/N/      spec.json, model/, token: what revision N is
-    server/           keeper.py, serve.py
+    server/           keeper.py, serve.py, ask.py, hold.py
     listen.json, wanted.json, state.json, stop, lock: see the keeper
 
 They differ in where that folder is (:class:`Keep`): on this machine, or in a container.
@@ -29,6 +29,7 @@ KEEPER_START_S = 15.0  # from the keeper's start to its first word, on a busy ma
 POLL_S = 0.1
 MARGIN_S = 60.0  # beyond the keeper's own patience
 PROBE_TIMEOUT_S = 10.0
+SERVER_FILES = ("keeper.py", "serve.py", "ask.py", "hold.py")
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,19 @@ class KeptTarget:
         """Holds everybody else who creates, updates or deletes the same deployment. Raises RequestError."""
         raise NotImplementedError
 
-    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
-        """Raises RequestError where a running deployment cannot become the other one."""
+    def only_anew(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> list[str]:
+        """What of the change only another keep can have; empty: this one becomes it. Asked once the software is
+        ready."""
+        return []
+
+    def replace(
+        self, keep: Keep, changed: list[str], order: Order, software: Software, secrets: Secrets, watcher: Watcher
+    ) -> None:
+        """Another keep in place of this one, which serves until then, and goes on if that fails."""
+        raise NotImplementedError
+
+    def mend(self, name: str) -> None:
+        """Bring to an end what a change that was killed half-way has left. Whoever calls holds the deployment."""
 
     # -- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -139,48 +151,76 @@ class KeptTarget:
         software = self.software(order.spec, watcher)
         keep = self.make(order.spec)
         try:
-            keep.put([File("listen.json", _json(self.listens_on(order.spec))), *server_files()])
-            self._roll(keep, order, software, order.secrets or Secrets(), watcher)
+            self.fill(keep, order, software, order.secrets or Secrets(), watcher)
+            self._ask_once(keep, order.spec)
         except BaseException:
             keep.discard()
             raise
+
+    def fill(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
+        """Make an empty keep serve."""
+        keep.put([File("listen.json", _json(self.listens_on(order.spec))), *server_files()])
+        self._roll(keep, order, software, secrets, watcher, log_tail=None)
 
     def listens_on(self, spec: DeploymentSpec) -> dict[str, Any]:
         return {"host": spec.service.host, "port": spec.service.port}
 
     def _update(self, order: Order, watcher: Watcher) -> None:
         spec = order.spec
+        self.mend(spec.name)
         keep = self.find(spec.name)
         if keep is None:
             raise no_such(spec.name, self.name)
         wanted_before = keep.read("wanted.json") or b"{}"
-        before = _spec_in(keep, json.loads(wanted_before).get("revision"))
-        if before is not None:
-            self.refuse_change(keep, before, spec)
+        serving = json.loads(keep.read("state.json") or b"{}").get("serving") or 0
+        if serving >= spec.revision:
+            raise RequestError(
+                f"Deployment {spec.name} was changed by somebody since it was looked at.", hint="Look, and try again."
+            )
+        before = _spec_in(keep, serving or json.loads(wanted_before).get("revision"))
         software = self.software(spec, watcher)
         secrets = order.secrets or _secrets_in(wanted_before, keep)
+        changed = self.only_anew(keep, before, spec) if before is not None else []
+        if changed:
+            self.replace(keep, changed, order, software, secrets, watcher)
+            return
         keep.drop(f"revisions/{spec.revision - 2}")
         keep.drop(f"revisions/{spec.revision}")  # of an update that failed
         try:
-            self._roll(keep, order, software, secrets, watcher)
+            self.roll(keep, order, software, secrets, watcher)
         except BaseException:
             keep.put([File("wanted.json", wanted_before)])
             raise
 
-    def _roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
-        """Put the revision there, and wait until it serves."""
+    def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
+        """Make a keep that serves serve the next revision."""
+        self._roll(keep, order, software, secrets, watcher, log_tail=0)
+        self._ask_once(keep, order.spec)
+
+    def _roll(
+        self,
+        keep: Keep,
+        order: Order,
+        software: Software,
+        secrets: Secrets,
+        watcher: Watcher,
+        *,
+        log_tail: int | None,
+    ) -> None:
+        """Put the revision there, and wait until its servers answer. ``log_tail``: lines to show of what is in the
+        log already."""
         spec, attempt = order.spec, random_tokens.token_hex(8)
         folder = f"revisions/{spec.revision}"
         watcher.say(f"handing over the model ({spec.model.size_bytes / 1e6:.1f} MB)")
         files = [File(f"{folder}/spec.json", spec.dump().encode()), File(f"{folder}/model", order.model)]
         if secrets.token:
             files.append(File(f"{folder}/token", secrets.token.encode()))
-        keep.put([*files, File("wanted.json", _json(wanted(spec, keep.path, software, secrets, attempt)))])
-        with _showing(keep, watcher, tail=0 if spec.revision > 1 else None) as log:
+        asked = {**wanted(spec, keep.path, software, secrets, attempt), "listen": self.listens_on(spec)}
+        keep.put([*files, File("wanted.json", _json(asked))])
+        with _showing(keep, watcher, tail=log_tail) as log:
             keep.start()
             watcher.say("loading the model")
             self._await(keep, spec, attempt, log)
-        self._ask_once(keep, spec)
 
     def _await(self, keep: Keep, spec: DeploymentSpec, attempt: str, log: _Log) -> None:
         began = time.monotonic()
@@ -201,7 +241,7 @@ class KeptTarget:
     def _ask_once(self, keep: Keep, spec: DeploymentSpec) -> None:
         """A real request to where users will send theirs. Raises DeploymentFailed."""
         try:
-            answer = self.call(spec.name, "/ping", b"", calling.JSON, PROBE_TIMEOUT_S)
+            answer = keep.ask("/ping", None, calling.JSON, "", PROBE_TIMEOUT_S)
         except ComputeError as error:
             raise DeploymentFailed(
                 f"Deployment {spec.name} serves, but {keep.url} does not answer from here.",
@@ -272,6 +312,9 @@ class KeptTarget:
                 found.append(name)
         return found
 
+    def sweep(self, older_than_s: float, *, dry_run: bool) -> Iterator[str]:
+        yield from ()
+
 
 # -- the keep's files --------------------------------------------------------------------------------------------------
 
@@ -298,7 +341,7 @@ def wanted(spec: DeploymentSpec, path: str, software: Software, secrets: Secrets
 
 def server_files() -> list[File]:
     folder = Path(served.__file__).parent
-    return [File(f"server/{name}", (folder / name).read_bytes(), 0o644) for name in ("keeper.py", "serve.py", "ask.py")]
+    return [File(f"server/{name}", (folder / name).read_bytes(), 0o644) for name in SERVER_FILES]
 
 
 def _json(value: Any) -> bytes:
@@ -378,6 +421,10 @@ def name_taken(name: str, where: str) -> RequestError:
         f"There is a deployment {name} on {where} already.",
         hint="update changes it; delete removes it; or choose another name.",
     )
+
+
+def being_changed(name: str) -> RequestError:
+    return RequestError(f"Deployment {name} is being changed by another process.", hint="Try again when it is done.")
 
 
 def no_such(name: str, where: str) -> RequestError:

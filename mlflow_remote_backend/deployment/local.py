@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ComputeError, ConfigError, RequestError
+from ..errors import ComputeError, ConfigError
 from ..runner import run_folder
 from ..submission import FORWARDED, Narrator
 from . import calling
-from .kept import KEEPER_START_S, File, Keep, KeptTarget, Software, name_taken
+from .kept import KEEPER_START_S, File, KeptTarget, Software, being_changed, name_taken
 from .spec import Answer, DeploymentSpec
 from .target import Watcher
 
@@ -102,22 +102,12 @@ class LocalTarget(KeptTarget):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RequestError(
-                    f"Deployment {name} is being changed by another process.", hint="Try again when it is done."
-                ) from None
+                raise being_changed(name) from None
             try:
                 yield
             finally:
                 if not (self.root / name).is_dir():
                     Path(file.name).unlink(missing_ok=True)
-
-    def refuse_change(self, keep: Keep, before: DeploymentSpec, after: DeploymentSpec) -> None:
-        if after.service != before.service:
-            raise ConfigError(
-                f"Deployment {after.name} listens on {keep.url}; its port and host cannot be changed.",
-                key="service",
-                hint="Delete it and create it anew.",
-            )
 
 
 #: What opens the tracking server and its store is for whoever fetches the model, and a server fetches nothing.

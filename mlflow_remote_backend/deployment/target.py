@@ -13,6 +13,7 @@ folder of this machine, a container, the cluster's objects), so any client that 
 5.  ``logs`` yields the servers' bytes; with ``follow`` until the deployment is gone.
 6.  ``call`` hands one request to the server, from wherever the client is, and returns its answer whatever its status.
 7.  ``delete`` leaves nothing. Idempotent. ``abandoned`` only tells.
+8.  ``sweep`` removes what died half-way and is no deployment of its own, and touches nothing that somebody works at.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class Target(Protocol):
 
     def abandoned(self, older_than_s: float) -> list[str]:
         """Names of what never served and never will: for ``gc``, which deletes them."""
+        ...
+
+    def sweep(self, older_than_s: float, *, dry_run: bool) -> Iterator[str]:
+        """Remove, or only tell, what killed creates and updates left beside deployments; what each was, for ``gc``."""
         ...
 
 

@@ -4,7 +4,9 @@ and has the fixtures ``client`` (whose deployments are deleted after the test), 
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import threading
 import time
 
@@ -14,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_remote_backend.deployment import calling
 
-NAME = "mlr-test"
+NAME = f"mlr-test-{os.getpid()}"  # others may use the same engine or cluster
 ONE = pandas.DataFrame({"x": [0.0]})
 
 #: what the loader does -> what the message says, and the code
@@ -32,6 +34,7 @@ class Load:
     def __init__(self, url: str) -> None:
         self.url = url
         self.answers: list[tuple[int, object]] = []
+        self.answered_at: list[float] = []  # of those that succeeded
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -40,6 +43,7 @@ class Load:
             try:
                 answer = calling.ask(self.url, "/invocations", body=calling.body_of(ONE), timeout_s=60)
                 self.answers.append((answer.status, json.loads(answer.body)["predictions"]))
+                self.answered_at.append(time.monotonic())
             except Exception as error:  # noqa: BLE001  whatever it is, it is a request that failed
                 self.answers.append((0, repr(error)))
 
@@ -50,6 +54,9 @@ class Load:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def longest_gap_s(self) -> float:
+        return max(after - before for before, after in itertools.pairwise(self.answered_at))
 
     def until_more(self, count: int) -> None:
         wanted = len(self.answers) + count

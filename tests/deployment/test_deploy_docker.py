@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from deployment_contract import NAME, ONE, TargetContract
+from deployment_contract import NAME, ONE, Load, TargetContract
+from engine_proxy import engine_proxy
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
+from mlflow_remote_backend import cli
+from mlflow_remote_backend.compute.docker import request
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
-from mlflow_remote_backend.deployment import calling
-from mlflow_remote_backend.deployment.docker import DockerKeep, DockerTarget, container, container_name
+from mlflow_remote_backend.deployment import calling, looking
+from mlflow_remote_backend.deployment.docker import DockerKeep, DockerTarget, as_job, container, container_name, fixed
 from mlflow_remote_backend.deployment.spec import NAME_LABEL, DeploymentSpec, ModelRef, Service
+from mlflow_remote_backend.errors import ComputeError
 from mlflow_remote_backend.job import Resources
 
 PYTHON_IMAGE = os.environ.get("MLFLOW_REMOTE_TEST_IMAGE", "local/python:3.11")
-CACHE_VOLUME = "mlflow-remote-test-deployments"
+CACHE_VOLUME = f"mlflow-remote-test-deployments-{os.getpid()}"
 
 
 @pytest.fixture(scope="session")
@@ -48,17 +57,19 @@ def client(engine, monkeypatch, cache_folder):
     """Whatever a test deploys is deleted after it, and nothing may be left."""
     monkeypatch.setenv("MLFLOW_REMOTE_CACHE", str(cache_folder))
     made = get_deploy_client("remote:/docker")
-    before = {each["Id"] for each in engine.containers(NAME_LABEL)}
     yield made
-    for each in engine.containers(NAME_LABEL):
-        if each["Id"] not in before:
-            made.delete_deployment(each["Labels"][NAME_LABEL])
-    assert {each["Id"] for each in engine.containers(NAME_LABEL)} == before
+    made.delete_deployment(NAME)
+    assert not ours(engine)
+
+
+def ours(engine: Engine) -> list[str]:
+    """The containers of this test: others may deploy to this engine at the same time."""
+    return [each["Names"][0] for each in engine.containers(NAME_LABEL) if each["Labels"][NAME_LABEL] == NAME]
 
 
 @pytest.fixture
 def left(engine):
-    return lambda: [each["Names"] for each in engine.containers(NAME_LABEL) if each["Labels"][NAME_LABEL] == NAME]
+    return lambda: ours(engine)
 
 
 def spec(**fields) -> DeploymentSpec:
@@ -95,13 +106,16 @@ def test_limits_are_the_containers():
     assert "NanoCpus" not in made
 
 
-def test_what_a_running_container_cannot_become_is_refused():
-    target = DockerTarget({})
-    target.refuse_change(None, spec(), spec(workers=3, description="other"))
-    with pytest.raises(Exception, match="cannot change service"):
-        target.refuse_change(None, spec(), spec(service=Service(port=20002)))
-    with pytest.raises(Exception, match=r"cannot change docker\.user"):
-        target.refuse_change(None, spec(), spec(options={"user": "7"}))
+def test_what_only_another_container_can_have():
+    def changed(**fields) -> set[str]:
+        now, then = fixed(spec()), fixed(spec(**fields))
+        return {key for key in now if now[key] != then[key]}
+
+    assert not changed(workers=3, description="other", env_vars={"A": "1"}, timeout_s=3)
+    assert changed(service=Service(port=20002)) == {"service.port"}
+    assert changed(options={"user": "7"}) == {"docker.user"}
+    assert changed(labels={"team": "a"}) == {"labels"}
+    assert changed(resources=Resources(memory_bytes=1)) == {"resources.memory (a limit or none)"}
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again():
@@ -188,3 +202,175 @@ def test_the_token_is_in_no_inspect_and_a_restart_of_the_container_serves_again(
     engine.start(container_name(NAME))
     until(lambda: client.get_deployment(NAME)["state"] == "ready", 60)
     assert client.predict(NAME, ONE)["predictions"] == [1]
+
+
+def inspected(engine) -> dict:
+    return engine.inspect(container_name(NAME))
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_a_change_of_the_container_closes_its_port_for_two_seconds_at_most(client, config, make_model, engine, capfd):
+    made = client.create_deployment(NAME, make_model("first", predicts="1"), config=config)
+    first = inspected(engine)["Id"]
+    with Load(made["url"]) as load:
+        broken = make_model("broken", loads="raise RuntimeError('no such luck')")
+        with pytest.raises(MlflowException, match=r"no such luck[^$]*") as failed:
+            client.update_deployment(NAME, broken, config={"labels": {"team": "a"}})
+        assert "Revision 1 still serves" in str(failed.value)
+        assert {status for status, _ in load.answers} == {200}, load.answers
+        assert inspected(engine)["Id"] == first
+        later = client.update_deployment(
+            NAME, make_model("second", predicts="2"), config={"labels": {"team": "a"}, "docker": {"user": "7:7"}}
+        )
+        load.until_more(5)
+    shown = capfd.readouterr().err
+    assert "another container is needed for docker.user, labels" in shown
+    assert "2 s at most" in shown
+    assert (later["url"], later["revision"]) == (made["url"], 2)
+    assert load.answers[-1] == (200, [2])
+    assert load.longest_gap_s() < 2
+    now = inspected(engine)
+    assert (now["Config"]["Labels"]["team"], now["Config"]["User"]) == ("a", "7:7")
+    assert now["Id"] != first
+    engine.stop(container_name(NAME), 20)
+    client.update_deployment(NAME, config={"description": "started again, on the same port"})
+    assert calling.ask(made["url"], "/ping").status == 200
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_another_port_is_open_before_the_old_one_is_closed(client, config, make_model, engine):
+    made = client.create_deployment(NAME, make_model("first", predicts="1"), config=config)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MlflowException, match="is taken on the engine"):
+            client.update_deployment(NAME, config={"service": {"port": port}})
+    assert calling.ask(made["url"], "/ping").status == 200
+    later = client.update_deployment(NAME, config={"service": {"port": port}})
+    assert later["url"] == f"http://127.0.0.1:{port}"
+    assert client.predict(NAME, ONE)["predictions"] == [1]
+    with pytest.raises(ComputeError, match="did not answer"):
+        calling.ask(made["url"], "/ping")
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_a_change_that_is_killed_is_taken_back_by_gc(client, config, make_model, engine, monkeypatch, capfd):
+    """Killed at the worst moment: the old container is in no network any more, the new one has not its name."""
+    made = client.create_deployment(NAME, make_model("first", predicts="1"), config=config)
+
+    def dies(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    class Killed(BaseException):
+        pass
+
+    mend = DockerTarget.mend
+    monkeypatch.setattr(DockerTarget, "_commit", dies)
+    calls = []
+    monkeypatch.setattr(
+        DockerTarget, "mend", lambda self, name: calls.append(name) or (len(calls) == 1 and mend(self, name))
+    )
+    with pytest.raises(Killed):
+        client.update_deployment(NAME, make_model("second", predicts="2"), config={"labels": {"team": "a"}})
+    assert calls == [NAME, NAME]
+    monkeypatch.setattr(DockerTarget, "mend", mend)
+    assert engine.inspect(container_name(NAME) + ".next") is not None
+    target = DockerTarget({})
+    assert list(target.sweep(3600, dry_run=False)) == []
+    assert f"half an update of {NAME}" in list(target.sweep(0, dry_run=True))
+    assert f"half an update of {NAME}" in list(target.sweep(0, dry_run=False))
+    assert calling.ask(made["url"], "/invocations", body=calling.body_of(ONE)).body == b'{"predictions": [1]}'
+    assert engine.inspect(container_name(NAME) + ".next") is None
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_two_changes_at_once_exclude_each_other_and_no_lock_outlives_its_holder(client, config, make_model, engine):
+    client.create_deployment(NAME, make_model("first"), config=config)
+    keep = DockerTarget({}).find(NAME)
+    with keep.held(), pytest.raises(MlflowException, match="is being changed by another process"):
+        client.update_deployment(NAME, config={"workers": 2})
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, keep.container], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(MlflowException, match="is being changed by another process"):
+        client.update_deployment(NAME, config={"workers": 2})
+    holder.kill()
+    holder.communicate()
+    assert client.update_deployment(NAME, config={"workers": 2})["workers"] == 2
+
+
+HOLDER = """
+import os, sys
+from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
+from mlflow_remote_backend.deployment.docker import DockerKeep
+keep = DockerKeep(Engine.connect(Endpoint.from_options({}, os.environ)), sys.argv[1], "x", (0, 0))
+with keep.held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.docker
+def test_what_a_killed_creator_left_of_an_environment_is_swept_once_it_does_not_run(engine, until):
+    name = f"{request.container_name(as_job(spec()).run.run_id)}{request.BUILDER}"
+    document = {"Image": PYTHON_IMAGE, "Entrypoint": ["sleep", "300"], "Labels": request.labels(as_job(spec()))}
+    engine.create(name, document)
+    try:
+        target = DockerTarget({})
+        assert f"container {name}" not in list(target.sweep(0, dry_run=False))  # somebody may be filling it
+        engine.start(name)
+        assert f"container {name}" not in list(target.sweep(0, dry_run=False))
+        engine.kill(name)
+        until(lambda: not engine.inspect(name)["State"]["Running"])
+        assert f"container {name}" not in list(target.sweep(3600, dry_run=False))
+        assert f"container {name}" in list(target.sweep(0, dry_run=False))
+        assert engine.inspect(name) is None
+    finally:
+        engine.remove(name)
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_orphans_of_a_server_do_not_stay_zombies(client, config, make_model, engine, until):
+    client.create_deployment(NAME, make_model("first", loads="os.system('(sleep 0.1 &)')"), config=config)
+
+    def states() -> list[str]:
+        program = (
+            "import glob; print([open(p).read().rsplit(')', 1)[1].split()[0] for p in glob.glob('/proc/[0-9]*/stat')])"
+        )
+        frames = engine.exec(container_name(NAME), ["python3", "-I", "-S", "-c", program]).frames(20)
+        return ast.literal_eval(b"".join(data for _, data in frames).decode())
+
+    until(lambda: "Z" not in states())
+    assert len(states()) == 3  # the keeper, its server, and who asks
+    assert client.predict(NAME, ONE)["predictions"] == [1]
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_an_engine_of_another_machine(config, make_model, monkeypatch, cache_folder, engine):
+    """Reached over TCP at an address that is not this machine's own: the request goes through the engine."""
+    monkeypatch.setenv("MLFLOW_REMOTE_CACHE", str(cache_folder))
+    monkeypatch.setenv("THE_TOKEN", "s3cret-token")
+    with engine_proxy("127.0.0.2") as elsewhere:
+        monkeypatch.setenv("DOCKER_HOST", elsewhere.url)
+        far = get_deploy_client("remote:/docker")
+        try:
+            far.create_deployment(NAME, make_model("first"), config={**config, "token_env": "THE_TOKEN"})
+            assert far.predict(NAME, ONE)["predictions"] == [1]
+            assert far.predict(NAME, ONE.loc[[0] * 5000])["predictions"] == [1] * 5000
+            far.update_deployment(NAME, make_model("second", predicts="2"), config={"labels": {"team": "a"}})
+            assert far.predict(NAME, ONE)["predictions"] == [2]
+            elsewhere.freeze()
+            began = time.monotonic()
+            assert cli.main(["ls"]) == 0
+            assert time.monotonic() - began < looking.PATIENCE_S + 10
+            elsewhere.thaw()
+        finally:
+            elsewhere.thaw()
+            far.delete_deployment(NAME)
+    assert inspected(engine) is None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,7 +66,9 @@ class Bench:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
-    def want(self, revision: int, *, workers: int = 1, patience_s: float = 60, **env: str) -> None:
+    def want(
+        self, revision: int, *, workers: int = 1, patience_s: float = 60, listen: dict | None = None, **env: str
+    ) -> None:
         self.attempts += 1
         wanted = {
             "revision": revision,
@@ -75,6 +78,7 @@ class Bench:
             "workers": workers,
             "patience_s": patience_s,
             "grace_s": 5,
+            "listen": listen or {},
         }
         (self.folder / "wanted.new").write_text(json.dumps(wanted))
         os.replace(self.folder / "wanted.new", self.folder / "wanted.json")
@@ -172,6 +176,45 @@ def test_several_workers_serve_one_port(bench):
     bench.serving(1)
     assert len(children(bench.process.pid)) == 3
     assert bench.get() == "revision 1"
+
+
+def test_a_revision_that_listens_elsewhere_has_its_port_before_the_old_one_is_closed(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    before = bench.state()["port"]
+    with keeper.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        bench.want(2, listen={"host": "127.0.0.1", "port": port})
+        failed = bench.until(lambda: bench.state().get("failed"))
+    assert (failed["why"], failed["revision"]) == ("port", 2)
+    assert bench.get() == "revision 1"
+    bench.want(2, listen={"host": "127.0.0.1", "port": port})
+    bench.serving(2)
+    assert (bench.state()["port"], bench.get()) == (port, "revision 2")
+    bench.until(lambda: refused(before))
+    bench.want(3, listen={"host": "0.0.0.0", "port": 0})
+    bench.serving(3)
+    assert (bench.state()["host"], bench.state()["port"]) == ("0.0.0.0", port)
+    bench.until(lambda: len(children(bench.process.pid)) == 1)
+    assert bench.get() == "revision 3"
+    assert json.loads((bench.folder / "listen.json").read_text()) == {"host": "0.0.0.0", "port": port}
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_what_ends_as_an_orphan_is_collected_and_the_exit_codes_of_servers_are_kept():
+    own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    other = os.spawnlp(os.P_NOWAIT, "true", "true")
+    while own.returncode is None or Path(f"/proc/{other}").exists():
+        keeper.reap([own])
+    assert own.returncode == 7
 
 
 def test_a_taken_port_is_said(bench, tmp_path):

@@ -11,22 +11,25 @@ from pathlib import Path
 import mlflow
 import pytest
 from click.testing import CliRunner
-from deployment_contract import ONE, TargetContract
+from deployment_contract import ONE, Load, TargetContract
 from mlflow.deployments import get_deploy_client
 from mlflow.deployments.cli import commands
 from mlflow.exceptions import MlflowException
 
 from mlflow_remote_backend import cli
+from mlflow_remote_backend.deployment import calling
 from mlflow_remote_backend.deployment.kept import KeptTarget
 from mlflow_remote_backend.deployment.server import keeper
+from mlflow_remote_backend.errors import ComputeError
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 HERE = {"env_manager": "local"}
 
 
 @pytest.fixture
-def client(home):
-    """Whatever a test deploys is deleted after it."""
+def client(home, monkeypatch):
+    """Whatever a test deploys is deleted after it. There is no engine, where others may deploy at the same time."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{home.folder}/no-engine.sock")
     made = get_deploy_client("remote:/local")
     yield made
     for each in made.list_deployments():
@@ -99,6 +102,32 @@ def test_a_killed_keeper_takes_its_servers_along_and_an_update_starts_anew(clien
     assert client.predict("toy", ONE)["predictions"] == [1]
 
 
+def test_another_address_is_served_before_the_old_one_is_closed(client, make_model, until):
+    made = client.create_deployment("toy", make_model("first"), config=HERE)
+    with keeper.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MlflowException, match="cannot be taken"):
+            client.update_deployment("toy", config={"service": {"port": port}})
+    assert calling.ask(made["url"], "/ping").status == 200
+    moved = client.update_deployment("toy", config={"service": {"port": port}})
+    assert moved["url"] == f"http://127.0.0.1:{port}"
+    until(lambda: silent(made["url"]))
+    with Load(moved["url"]) as load:
+        client.update_deployment("toy", config={"service": {"host": "0.0.0.0"}})
+        load.until_more(3)
+    failed = [said for status, said in load.answers if status != 200]
+    assert len(failed) <= 1, failed  # who comes at the very moment at which the old address is closed
+    assert client.predict("toy", ONE)["predictions"] == [1]
+
+
+def silent(url: str) -> bool:
+    try:
+        calling.ask(url, "/ping")
+    except ComputeError:
+        return True
+    return False
+
+
 def test_what_makes_no_sense_is_refused_in_words(client):
     for refuse in (
         lambda: client.explain("toy", ONE),
@@ -134,6 +163,9 @@ def test_the_command_line(make_model, mlflow_command, client, tmp_path, capsys):
     assert "Traceback" not in again.stderr
     (tmp_path / "input.json").write_text('[{"x": 1.0}]')
     assert json.loads(deployments("predict", *options, "-I", str(tmp_path / "input.json"))) == {"predictions": [3]}
+    for same in ('{"dataframe_split": {"columns": ["x"], "data": [[1.0]]}}', '{"dataframe_records": [{"x": 1.0}]}'):
+        (tmp_path / "input.json").write_text(same)  # as the scoring server has it: MLflow's command makes a table of it
+        assert json.loads(deployments("predict", *options, "-I", str(tmp_path / "input.json"))) == {"predictions": [3]}
     assert "toy" in deployments("list", "-t", "remote")
     assert "state: ready" in deployments("get", *options)
     assert "resources.memory=2Gi" in deployments("help", "-t", "remote")
@@ -156,7 +188,7 @@ def test_the_command_line(make_model, mlflow_command, client, tmp_path, capsys):
 
 def test_gc_removes_what_never_served_and_nothing_else(client, make_model, home, monkeypatch, capsys):
     client.create_deployment("toy", make_model("first"), config=HERE)
-    monkeypatch.setattr(KeptTarget, "_roll", lambda *args: os._exit(9))
+    monkeypatch.setattr(KeptTarget, "_roll", lambda *args, **kwargs: os._exit(9))
     child = os.fork()
     if child == 0:
         try:

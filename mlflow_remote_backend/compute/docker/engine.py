@@ -300,6 +300,19 @@ class Engine:
             none_for=(404, 409),
         )
 
+    def rename(self, container: str, name: str) -> None:
+        self._call(f"rename container {container}", lambda client: client.rename(container, name))
+
+    def join_network(self, container: str, network: str) -> None:
+        """Join a network: then a container's ports are published, unless another network has published them."""
+        what = f"connect container {container} to network {network}"
+        self._call(what, lambda client: client.connect_container_to_network(container, network))
+
+    def leave_network(self, container: str, network: str) -> None:
+        """Leave a network: then the ports that it published are free, and what is under way on them breaks off."""
+        what = f"disconnect container {container} from network {network}"
+        self._call(what, lambda client: client.disconnect_container_from_network(container, network, force=True))
+
     def containers(self, label: str) -> list[dict[str, Any]]:
         """All containers with the label, running or not, as the engine lists them."""
         return list(self._call("list containers", lambda client: client.containers(all=True, filters={"label": label})))

@@ -4,9 +4,10 @@
 
 One file, standard library only, Python 3.7 or newer: it runs in the user's image as well. In FOLDER:
 
-    listen.json   {"host", "port"}: what to listen on, read once; port 0 takes a free one
+    listen.json   {"host", "port"}: what to listen on at the start; port 0 takes a free one
     wanted.json   what shall run; replaced by whoever wants something else:
-                  {"revision", "attempt", "argv", "env", "workers", "patience_s", "grace_s"}
+                  {"revision", "attempt", "argv", "env", "workers", "patience_s", "grace_s"} and "listen", another
+                  {"host", "port"} for it; port 0 is the one that there is
     state.json    what is: {"pid", "host", "port", "serving", "failed", "restarts", "exit", "at"}
     stop          somebody asked to end it all
     lock          held (flock) as long as we live
@@ -17,6 +18,8 @@ One file, standard library only, Python 3.7 or newer: it runs in the user's imag
 - A new revision that dies, or does not answer within ``patience_s``, is ended and reported in ``failed``; the servers
   before it go on.
 - A server that dies while it serves is started again, after 1, 2, 4 … 30 s. Requests wait in the port's queue.
+- A revision that listens elsewhere has the new port before the old one is closed, which is when the old servers end.
+- As a container's first process, we collect whatever orphan ends there.
 - SIGTERM, or the file ``stop``, ends the servers in order, then us.
 """
 
@@ -63,13 +66,25 @@ def write_json(path: str, value: object) -> None:
     os.replace(beside, path)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, for servers to accept on. Raises OSError: the port is taken, or not ours to take."""
+def listen(host: str, port: int, beside: socket.socket | None = None) -> socket.socket:
+    """A socket that listens, for servers to accept on. ``beside``: one of ours that may hold the same port at another
+    address. Raises OSError: the port is taken, or not ours to take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind((host, port))
-    made.listen(BACKLOG)
+    sharing = [made, beside] if beside is not None and beside.getsockname()[1] == port else []
+    try:
+        for each in sharing:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.bind((host, port))
+        made.listen(BACKLOG)
+    except OSError:
+        made.close()
+        raise
+    finally:
+        for each in sharing:
+            if each.fileno() >= 0:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
     made.setblocking(False)
     return made
 
@@ -192,6 +207,7 @@ class Keeper:
         self.public = listen(asked["host"], asked["port"])
         self.public.set_inheritable(False)
         self.host, self.port = asked["host"], self.public.getsockname()[1]
+        self.first_process = os.getpid() == 1
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -218,6 +234,8 @@ class Keeper:
                 self.judge(self.coming)
             if self.serving is not None and self.serving.revive():
                 self.tell()
+            if self.first_process:
+                reap([server.process for each in (self.coming, self.serving) if each for server in each.servers])
             limit_log()
             time.sleep(TICK_S)
         for each in (self.coming, self.serving):
@@ -230,26 +248,63 @@ class Keeper:
             return
         self._seen = wanted
         if self.coming is not None:
-            self.coming.end(0)
-            self.coming = None
+            self.end_coming(self.coming)
         if self.serving is not None and wanted["revision"] == self.serving.number:
             return  # taken back: what serves goes on
         self.failed, self._kills = None, oom_kills()
         try:
-            self.coming = Revision(wanted, self.public)
+            public = self.socket_for(wanted.get("listen") or {})
         except OSError as error:
+            say(f"the port cannot be taken: {error}")
+            self.fail(wanted, 1, "port", str(error))
+            self.tell()
+            return
+        try:
+            self.coming = Revision(wanted, public)
+        except OSError as error:
+            self.give_up(public)
             say(f"the server cannot be started: {error}")
             self.fail(wanted, 127, "start")
         self.tell()
 
-    def fail(self, wanted: Any, code: int | None, why: str) -> None:
-        self.failed = {"revision": wanted["revision"], "attempt": wanted["attempt"], "exit": code, "why": why}
+    def end_coming(self, coming: Revision) -> None:
+        coming.end(0)
+        self.give_up(coming.public)
+        self.coming = None
+
+    def socket_for(self, asked: Any) -> socket.socket:
+        """The one there is, or one for another address, which a revision asks for. Raises OSError."""
+        host, port = asked.get("host", self.host), asked.get("port") or self.port
+        if (host, port) == (self.host, self.port):
+            return self.public
+        made = listen(host, port, beside=self.public)
+        made.set_inheritable(False)
+        return made
+
+    def give_up(self, public: socket.socket) -> None:
+        if public is not self.public:
+            public.close()
+
+    def move_to(self, revision: Revision) -> socket.socket:
+        """Where the revision listens is where we do from now on, also after a restart. The socket before."""
+        before = self.public
+        if revision.public is not before:
+            self.public = revision.public
+            self.host, self.port = revision.wanted["listen"]["host"], self.public.getsockname()[1]
+            write_json(self._path("listen.json"), {"host": self.host, "port": self.port})
+        return before
+
+    def fail(self, wanted: Any, code: int | None, why: str, words: str = "") -> None:
+        self.failed = {
+            "revision": wanted["revision"], "attempt": wanted["attempt"], "exit": code, "why": why, "words": words
+        }  # fmt: skip
 
     def judge(self, coming: Revision) -> None:
         """Whether the new revision takes over, is given up, or needs more time."""
         code = coming.first_exit()
         if code is None and coming.ready():
             before, self.serving, self.coming = self.serving, coming, None
+            self.give_up(self.move_to(coming))  # its servers have it too: it is closed when they stop accepting
             self.tell()
             if before is not None:
                 before.end(before.wanted["grace_s"] + GRACE_MARGIN_S)
@@ -259,14 +314,29 @@ class Keeper:
         why = "timeout" if code is None else ""
         if code == -signal.SIGKILL and oom_kills() > self._kills:
             why = "oom"
-        coming.end(0)
-        self.coming = None
+        self.end_coming(coming)
         self.fail(coming.wanted, code, why)
         self.tell()
 
 
 def say(text: str) -> None:
     print("mlflow-remote: " + text, flush=True)
+
+
+def reap(ours: list[subprocess.Popen[bytes]]) -> None:
+    """Collect what has ended. An orphan's exit code nobody asks for; those of ``ours`` stay theirs."""
+    while True:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if found is None:
+            return
+        own = next((each for each in ours if each.pid == found.si_pid), None)
+        if own is not None:
+            own.poll()
+        else:
+            os.waitpid(found.si_pid, os.WNOHANG)
 
 
 def limit_log() -> None:

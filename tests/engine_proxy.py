@@ -12,17 +12,20 @@ _PIECE_BYTES = 64 * 1024
 
 
 class EngineProxy:
-    """``url``: where it listens. Connections pass until told otherwise; each state holds for new ones as well."""
+    """``url``: where it listens. Connections pass until told otherwise; each state holds for new ones as well.
 
-    def __init__(self, target: str) -> None:
+    With the ``host`` 127.0.0.2 it passes for an engine of another machine.
+    """
+
+    def __init__(self, target: str, host: str = "127.0.0.1") -> None:
         self._target = target
         self._open = threading.Event()
         self._open.set()
         self._refusing = False
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0))
+        self.url = f"tcp://{host}:{self._listener.getsockname()[1]}"
         self.connections = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -84,9 +87,9 @@ class EngineProxy:
 
 
 @contextlib.contextmanager
-def engine_proxy() -> Iterator[EngineProxy]:
+def engine_proxy(host: str = "127.0.0.1") -> Iterator[EngineProxy]:
     address = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    proxy = EngineProxy(address.removeprefix("unix://"))
+    proxy = EngineProxy(address.removeprefix("unix://"), host)
     try:
         yield proxy
     finally:
