@@ -26,6 +26,7 @@ from .tracking import PREFIX, RunView, Tracking
 
 POLL_S = 0.1  # of the compute's status; it answers from memory or from files
 LOG_PAUSE_S = 0.05
+FINISH_PATIENCE_S = 5.0  # for a log stream to come to its end once the run has
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
 CAUSE_PATIENCE_S = 5.0  # a compute may tell some seconds after the end what was behind it
@@ -59,11 +60,23 @@ class Cursor:
 class Log:
     """A job's log from its two sources, the compute while that has it and the stored parts, each byte once."""
 
-    def __init__(self, tracking: Tracking, run_id: str, compute: Compute | None, handle: JobHandle) -> None:
-        self._cursor = Cursor()
+    def __init__(
+        self,
+        tracking: Tracking,
+        run_id: str,
+        compute: Compute | None,
+        handle: JobHandle,
+        cursor: Cursor | None = None,
+    ) -> None:
+        self._cursor = cursor or Cursor()
         self._compute = compute
         self._handle = handle
         self._stored = StoredLog(tracking, run_id)
+
+    @property
+    def cursor(self) -> Cursor:
+        """How far it was read, a copy."""
+        return Cursor(self._cursor.attempt, self._cursor.offset)
 
     @property
     def is_live(self) -> bool:
@@ -113,13 +126,17 @@ class Log:
 
 
 class LogPump(threading.Thread):
-    """Copies a job's log to ``sink`` as it comes."""
+    """Copies a job's log to ``sink`` as it comes. ``rest``: the same log again, from a cursor, by the stored parts."""
 
-    def __init__(self, log: Log, sink: Callable[[bytes], None]) -> None:
+    def __init__(self, log: Log, rest: Callable[[Cursor], Log], sink: Callable[[bytes], None]) -> None:
         super().__init__(name="log of a job", daemon=True)
         self._log = log
+        self._rest = rest
         self._sink = sink
+        self._shown = Cursor()
+        self._showing = threading.Lock()
         self._ending = threading.Event()
+        self._abandoned = False
 
     def run(self) -> None:
         while not self._ending.is_set():
@@ -135,15 +152,28 @@ class LogPump(threading.Thread):
         self._ending.set()
 
     def finish(self) -> None:
-        """Show what is left, now that the log is complete: what the compute still has, then the stored parts."""
+        """Show what is left, now that the log is complete: what the compute still has, then the stored parts.
+
+        A stream that has fallen silent, or cannot keep up, is left where it is: the stored parts have the rest.
+        """
         self._ending.set()
-        self.join(timeout=10)
+        self.join(FINISH_PATIENCE_S)
+        if self.is_alive():
+            with self._showing:
+                self._abandoned = True
+            for data in self._rest(self._shown).stored():
+                self._sink(data)
+            return
         self._copy(self._log.live())
         self._copy(self._log.stored())
 
     def _copy(self, pieces: Iterator[bytes]) -> None:
         for data in pieces:
-            self._sink(data)
+            with self._showing:
+                if self._abandoned:
+                    return
+                self._sink(data)
+                self._shown = self._log.cursor
 
 
 class StoredLog:
@@ -260,7 +290,11 @@ class Follower:
     def _pump(self) -> LogPump | None:
         if self._compute is None and self._terminal is None:
             return None
-        pump = LogPump(Log(self._tracking, self.run_id, self._compute, self._handle), self._show)
+        pump = LogPump(
+            Log(self._tracking, self.run_id, self._compute, self._handle),
+            lambda cursor: Log(self._tracking, self.run_id, None, self._handle, cursor),
+            self._show,
+        )
         pump.start()
         return pump
 

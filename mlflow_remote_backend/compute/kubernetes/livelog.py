@@ -23,6 +23,7 @@ from .manifest import OBSERVE
 from .watch import lines
 
 SILENCE_S = 2 * HEARTBEAT_S  # without a heartbeat for so long, the connection is dead
+PATIENCE_S = 10.0  # for what is there already
 MAX_STREAMS = 20  # of this process: a node serves little more than a hundred (inotify instances of the kubelet)
 FIRST_PAUSE_S = 0.2
 LAST_PAUSE_S = 10.0
@@ -111,7 +112,7 @@ class LiveLog:
         known = position.timestamp if cursor.offset >= position.offset else ""
         blocks = api.stream(
             f"/api/v1/namespaces/{namespace}/pods/{objects.name(pod)}/log",
-            read_timeout_s=SILENCE_S,
+            read_timeout_s=SILENCE_S if follow else PATIENCE_S,
             container=OBSERVE,
             follow="true" if follow else "",
             timestamps="true",

@@ -25,6 +25,7 @@ RELIST_MANY_S = 60.0  # from MANY objects on
 MANY = 50
 UNWATCHED_S = 3.0  # between lists where watching is not allowed
 IDLE_S = 60.0  # a view that nobody looked at for so long ends
+BRIEF_S = 2.0  # a watch that ended sooner told nothing: lists have to, at this pace at most, until one lasts
 STALE_S = 45.0  # a view that got no answer for so long is not believed
 
 
@@ -47,6 +48,7 @@ class Reflection:
         self._ending = threading.Event()
         self._version = ""
         self._listed_at = 0.0
+        self._brief = 0  # how many watches in a row ended too soon
         self.heard_at = 0.0  # monotonic time of the last answer
         self.clock_offset_s = 0.0  # the server's clock minus ours
         self.watchable = True
@@ -82,6 +84,7 @@ class Reflection:
             self._version = ""
             self._ending.wait(UNWATCHED_S)
             return
+        began = time.monotonic()
         try:
             self._watch()
         except ApiError as error:
@@ -91,6 +94,12 @@ class Reflection:
                 raise
             else:  # cut off or silent: what is known stays, the next watch goes on from here or a list tells
                 self._ending.wait(random.uniform(0.05, 0.5))
+        if time.monotonic() - began < BRIEF_S:
+            self._brief += 1
+            self._version = ""
+            self._ending.wait(min(BRIEF_S, 0.1 * 2**self._brief) * random.uniform(0.5, 1.0))
+        else:
+            self._brief = 0
 
     def _relist_s(self) -> float:
         return RELIST_MANY_S if len(self._objects) >= MANY else RELIST_S
