@@ -26,6 +26,7 @@ from .tracking import PREFIX, RunView, Tracking
 
 POLL_S = 0.1  # of the compute's status; it answers from memory or from files
 LOG_PAUSE_S = 0.05
+GAP_PATIENCE_S = 15.0  # for the stored log to reach what a live one skipped; its open part is uploaded every 10 s
 FINISH_PATIENCE_S = 5.0  # for a log stream to come to its end once the run has
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
@@ -114,11 +115,17 @@ class Log:
             yield fresh
 
     def _fill_gap(self, until: int) -> Iterator[bytes]:
-        with contextlib.suppress(RemoteError):
-            for attempt, offset, data in self._stored.read_from(self._cursor):
-                if attempt == self._cursor.attempt and offset < until:
-                    self._cursor.offset = min(offset + len(data), until)
-                    yield data[: until - offset]
+        """By the stored parts, which may be some seconds behind."""
+        patient_until = time.monotonic() + GAP_PATIENCE_S
+        while self._cursor.offset < until:
+            with contextlib.suppress(RemoteError):
+                for attempt, offset, data in self._stored.read_from(self._cursor):
+                    if attempt == self._cursor.attempt and offset < until:
+                        self._cursor.offset = min(offset + len(data), until)
+                        yield data[: until - offset]
+            if self._cursor.offset >= until or time.monotonic() > patient_until:
+                break
+            time.sleep(1.0)
         if self._cursor.offset < until:
             missing = until - self._cursor.offset
             self._cursor.offset = until

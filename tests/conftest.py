@@ -175,12 +175,13 @@ def _no_index() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n 3 --dist loadgroup``: tests that count what is left on an engine, or in a cluster, have it to
-    themselves."""
+    """For ``pytest -n 3 --dist loadgroup``: tests that count what is left on an engine have it to themselves. In a
+    cluster each has a namespace of its own, so that the files of one folder may run side by side."""
     for item in items:
-        for service in ("docker", "kubernetes"):
-            if item.get_closest_marker(service) is not None:
-                item.add_marker(pytest.mark.xdist_group(service))
+        if item.get_closest_marker("docker") is not None:
+            item.add_marker(pytest.mark.xdist_group("docker"))
+        elif item.get_closest_marker("kubernetes") is not None:
+            item.add_marker(pytest.mark.xdist_group(f"kubernetes {item.nodeid.partition('[')[0].rpartition('::')[0]}"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

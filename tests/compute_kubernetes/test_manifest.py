@@ -100,6 +100,17 @@ def test_image_is_the_configured_one_then_the_projects_then_the_runners() -> Non
     assert manifest.main_image(spec(docker_env={"image": "project:1"})) == "registry.example.com/runner:1-py3.11"
 
 
+def test_a_docker_projects_variables_reach_its_container_and_its_volumes_are_told_as_unused() -> None:
+    declared = {"image": "project:1", "environment": [["A", "1"], "COPIED"], "volumes": ["/data:/data"]}
+    wanted = spec(docker_env=declared, environment=dataclasses.replace(LOCKED, manager="docker", lock_key=""))
+    built = manifest.build(wanted, SecretNames(), "{}")
+    (main,) = built.job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "A", "value": "1"} in main["env"]
+    assert manifest.copied_variables(wanted) == ["COPIED"]
+    assert "/data:/data" in built.warnings[0]
+    assert manifest.declared_variables(spec(docker_env=declared)) == {}, "another environment was chosen"
+
+
 def test_a_runner_image_is_asked_for_by_name() -> None:
     with pytest.raises(ConfigError, match=r"kubernetes\.runner_image") as caught:
         manifest.build(spec(options={"runner_image": None}), SecretNames(), "{}")

@@ -10,10 +10,11 @@ Images come by the environment, or are made once per session:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,29 @@ def namespace(cluster: Api) -> Iterator[Namespace]:
 
 
 @pytest.fixture(scope="session")
-def runner_image() -> str:
+def runner_image(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The runner image with the code of this checkout."""
-    if RUNNER_IMAGE:
-        return RUNNER_IMAGE
+    return RUNNER_IMAGE or once_of_all_workers(tmp_path_factory, "runner-image", build_runner_image)
+
+
+def build_runner_image() -> str:
     from mlflow_remote_backend.runner import image
 
     built = image.build(IMAGE, f"{REGISTRY}/mlflow-remote-runner")
     assert built.digest
     return built.digest
+
+
+def once_of_all_workers(factory: pytest.TempPathFactory, name: str, make: Callable[[], str]) -> str:
+    """What ``make`` answers, asked once by all workers of pytest-xdist, where there are some."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    answer = factory.getbasetemp().parent / name
+    with answer.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answer.exists():
+            answer.write_text(make())
+        return answer.read_text()
 
 
 @pytest.fixture(scope="session")
@@ -98,15 +113,19 @@ def pods_tracking_server(tmp_path_factory: pytest.TempPathFactory, database_temp
 
 
 @pytest.fixture(scope="session")
-def tracking_host(cluster: Api, runner_image: str, pods_tracking_server: TrackingServer) -> str:
+def tracking_host(
+    cluster: Api, runner_image: str, pods_tracking_server: TrackingServer, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """This machine's address as pods of the cluster reach it."""
-    if TRACKING_HOST:
-        return TRACKING_HOST
-    place = Namespace(cluster, f"mlr-test-{uuid.uuid4().hex[:8]}").create()
-    try:
-        return _reached_from_a_pod(place, runner_image, pods_tracking_server.port)
-    finally:
-        place.remove()
+
+    def look() -> str:
+        place = Namespace(cluster, f"mlr-test-{uuid.uuid4().hex[:8]}").create()
+        try:
+            return _reached_from_a_pod(place, runner_image, pods_tracking_server.port)
+        finally:
+            place.remove()
+
+    return TRACKING_HOST or once_of_all_workers(tmp_path_factory, "tracking-host", look)
 
 
 def _reached_from_a_pod(place: Namespace, image: str, port: int) -> str:

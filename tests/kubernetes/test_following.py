@@ -213,6 +213,25 @@ def test_another_machine_without_a_kubeconfig_sees_everything(
     assert elsewhere.get_status() == "FINISHED"
 
 
+def test_commands_on_another_machine_follow_and_cancel(
+    projects: Projects, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workdir: Path, mlflow_remote: Any
+) -> None:
+    """By the stored parts and by tag: no kubeconfig is there."""
+    run = projects.submit(projects.make(counting(20, 0.1)))
+    waiting = projects.submit(
+        projects.make("trap 'echo saved; exit 0' TERM; echo started; while :; do sleep 0.1; done")
+    )
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    followed = mlflow_remote("logs", "-f", run.run_id)
+    assert followed.returncode == 0, followed.stderr
+    assert followed.stdout.splitlines() == expected(20)
+    cancelled = mlflow_remote("cancel", waiting.run_id)
+    assert cancelled.returncode == 0, cancelled.stderr
+    view = ended(attach(waiting.run_id), 60)
+    assert (view.status, view.tag("reason")) == ("KILLED", "CANCELLED")
+    assert stored_log(waiting.run_id) == b"started\nsaved\n"
+
+
 def test_a_handle_of_another_cluster_is_not_followed_here(projects: Projects) -> None:
     run = projects.submit(projects.make("exit 0"))
     url = ended(run).tag("handle").partition("?")[0] + "?context=other&server=https%3A%2F%2Fother.example.com"

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...errors import ComputeError
+from ...errors import ComputeError, ConfigError
 from ...job import JobSpec, JobStatus, LogChunk, Phase
 from ...runner import envelope
 from ..base import JobHandle, Request, Secrets
@@ -99,6 +100,7 @@ class KubernetesCompute:
 
     def check(self, request: Request, secrets: Secrets) -> Sequence[str]:
         api = self._connected()
+        secrets = _with_copied(request.spec, secrets)
         notices = self._pin(self._built(request.spec, secrets))
         built = self._built(request.spec, secrets)
         checked = preflight.check(api, self._namespace_of(api), request.spec, built, secrets)
@@ -124,6 +126,7 @@ class KubernetesCompute:
         Who may not patch Jobs cannot release one: its pod then waits a moment for the Secret.
         """
         api = self._connected()
+        secrets = _with_copied(request.spec, secrets)
         built = self._built(request.spec, secrets)
         if preflight.PATCH_JOBS in preflight.missing_rights(api, self._namespace_of(api)):
             built = manifest.released(built)
@@ -135,10 +138,11 @@ class KubernetesCompute:
             path = f"{self._jobs_path(api)}/{built.name}"
             api.patch(path, built.release, patience_s=SUBMIT_PATIENCE_S)
         queued = bool(request.spec.options.get("queue"))
-        return JobHandle(self.handle_url(request.spec), objects.uid(job), queued=queued)
+        url, image = self.handle_url(request.spec), manifest.main_digest(built)
+        return JobHandle(url, objects.uid(job), image, queued=queued)
 
     def _built(self, spec: JobSpec, secrets: Secrets) -> Manifest:
-        program = tuple(sorted({*spec.secret_names, *secrets.program}))
+        program = tuple(sorted({*spec.secret_names, *manifest.copied_variables(spec), *secrets.program}))
         secret_names = SecretNames(program, tuple(sorted(secrets.runner)))
         built = manifest.build(spec, secret_names, envelope.dump(spec))
         if self._template is not None:
@@ -335,6 +339,19 @@ def _is_ending(api: Api, namespace: str) -> bool:
     except ApiError as error:
         return error.status == 404
     return (found.get("status") or {}).get("phase") == "Terminating"
+
+
+def _with_copied(spec: JobSpec, secrets: Secrets) -> Secrets:
+    """Also the caller's variables that the project's docker_env wants. Raises ConfigError where one is not set."""
+    names_wanted = manifest.copied_variables(spec)
+    missing = [name for name in names_wanted if name not in os.environ and name not in secrets.program]
+    if missing:
+        raise ConfigError(
+            f"docker_env.environment copies {', '.join(missing)} from your environment, where it is not set.",
+            key="docker_env.environment",
+        )
+    copied = {name: os.environ[name] for name in names_wanted if name in os.environ}
+    return dataclasses.replace(secrets, program={**copied, **secrets.program})
 
 
 def _with_memory(status: JobStatus, now: Observation, before: Observation) -> JobStatus:

@@ -136,7 +136,7 @@ def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
     release: dict[str, Any] = {"metadata": {"annotations": {names.RELEASED: "true"}}}
     release |= {} if queue else {"spec": {"suspend": False}}
     release["metadata"] |= {"labels": {names.QUEUE: queue}} if queue else {}
-    return Manifest(job, release, secret_name)
+    return Manifest(job, release, secret_name, _docker_env_warnings(spec))
 
 
 def secret(
@@ -190,6 +190,12 @@ def images(built: Manifest) -> list[str]:
     """The images of all containers, each once."""
     pod = built.job["spec"]["template"]["spec"]
     return list(dict.fromkeys(each["image"] for each in (*pod["initContainers"], *pod["containers"])))
+
+
+def main_digest(built: Manifest) -> str:
+    """The digest of the program's image, empty where it is not pinned."""
+    main = built.job["spec"]["template"]["spec"]["containers"][0]
+    return str(main["image"].partition("@")[2])
 
 
 def with_images(built: Manifest, names_to_digests: Mapping[str, str]) -> Manifest:
@@ -377,6 +383,7 @@ def _main(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[st
         "workingDir": ROOT,
         "env": [
             *home_env(),
+            *({"name": name, "value": value} for name, value in declared_variables(spec).items()),
             _downward("MLFLOW_REMOTE_ATTEMPT", ATTEMPT_FIELD),
             *secret_env("program", secret_names.program, secret_name),
             *_reference_env(spec),
@@ -397,6 +404,28 @@ def named_image(spec: JobSpec) -> str:
     """The image that the options or the project name, empty where neither does."""
     declared = (spec.docker_env or {}).get("image") if spec.environment.manager == "docker" else None
     return str(spec.options.get("image") or declared or "")
+
+
+def _docker_env(spec: JobSpec, key: str) -> list[Any]:
+    """What the project's docker_env says, where the project runs by it."""
+    return list((spec.docker_env or {}).get(key) or ()) if spec.environment.manager == "docker" else []
+
+
+def declared_variables(spec: JobSpec) -> dict[str, str]:
+    """The ``[NAME, VALUE]`` members of ``docker_env.environment``."""
+    pairs = [each for each in _docker_env(spec, "environment") if isinstance(each, (list, tuple)) and len(each) == 2]
+    return {str(name): str(value) for name, value in pairs}
+
+
+def copied_variables(spec: JobSpec) -> list[str]:
+    """The names in ``docker_env.environment`` that are copied from the caller: their values travel as secrets."""
+    return [str(each) for each in _docker_env(spec, "environment") if not isinstance(each, (list, tuple))]
+
+
+def _docker_env_warnings(spec: JobSpec) -> tuple[str, ...]:
+    volumes = ", ".join(map(str, _docker_env(spec, "volumes")))
+    told = f"docker_env.volumes ({volumes}) name folders of a Docker host and are not mounted; see `kubernetes.volumes`"
+    return (told,) if volumes else ()
 
 
 def runner_image(options: Mapping[str, Any]) -> dict[str, Any]:

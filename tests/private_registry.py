@@ -14,9 +14,9 @@ _DROPPED = {"authorization", "connection", "transfer-encoding", "content-length"
 
 
 @contextlib.contextmanager
-def private_registry(target: str) -> Iterator[str]:
+def private_registry(target: str, port: int = 0) -> Iterator[str]:
     """The address of the proxy; it passes everything to ``target`` that comes with the right credentials."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(target))
+    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(target))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"127.0.0.1:{server.server_address[1]}"
