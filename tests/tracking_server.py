@@ -6,6 +6,7 @@ It can be stopped, killed, frozen and started again on the same port with the sa
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -21,6 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0
+
+
+def _checks_host_names() -> bool:
+    """MLflow's server answers only to known host names since 3.5."""
+    major, minor = (int(each) for each in importlib.metadata.version("mlflow").split(".")[:2])
+    return (major, minor) >= (3, 5)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -151,7 +158,7 @@ def running_server(
     folder.mkdir(parents=True, exist_ok=True)
     copy_database(template, folder / "mlflow.db", "mlflow-artifacts:")
     server = TrackingServer(folder, host=host, **options)  # type: ignore[arg-type]
-    if host != "127.0.0.1":
+    if host != "127.0.0.1" and _checks_host_names():
         server.options = (*server.options, "--allowed-hosts", "*")
     try:
         yield server.start()

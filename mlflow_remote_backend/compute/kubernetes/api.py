@@ -98,9 +98,11 @@ class Throttle:
         self._tokens = float(burst)
         self._at = time.monotonic()
         self._lock = threading.Lock()
+        self.taken = 0
 
     def take(self) -> None:
         with self._lock:
+            self.taken += 1
             now = time.monotonic()
             self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate_per_s) - 1
             self._at = now
@@ -140,6 +142,11 @@ class Api:
                 _SHARED[key] = cls.open(kubeconfig=kubeconfig, context=_context_of(kubeconfig, context, server))
                 _SHARED[key].require(server)
             return _SHARED[key]
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent so far."""
+        return self._throttle.taken
 
     def require(self, server: str) -> None:
         """Raise ComputeError where this is another cluster. In a pod the same cluster has another address."""
