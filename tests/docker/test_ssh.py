@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_remote_backend.compute.docker import request
+from mlflow_remote_backend.compute.base import Secrets
+from mlflow_remote_backend.compute.docker import DockerCompute, request
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
 from mlflow_remote_backend.errors import ComputeError, ConfigError
 
@@ -50,6 +51,7 @@ def test_a_connection_that_ssh_loses_is_made_anew(make_job, engine, ssh, until, 
     job = make_job("echo before; until [ -e stop ]; do sleep 0.1; done; echo after", options={"base_url": "ssh://far"})
     running = job.start()
     until(lambda: job.log() == b"before\n")
+    assert {mount["Type"] for mount in engine.inspect(job.name)["Mounts"]} == {"volume"}
     for pid in (tmp_path / "pids").read_text().split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
@@ -58,6 +60,17 @@ def test_a_connection_that_ssh_loses_is_made_anew(make_job, engine, ssh, until, 
     connection.close()
     assert job.end(running).exit_code == 0
     assert job.log() == b"before\nafter\n"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////data/mlflow.db", "/data/mlruns", "http://localhost:5000"])
+def test_what_a_container_elsewhere_cannot_reach_is_refused(make_job, ssh, uri, tmp_path) -> None:
+    ssh('exec sh -c "$last"')
+    job = make_job("true", options={"base_url": "ssh://far"}, tracking_uri=uri)
+    compute = DockerCompute(job.spec.options, tmp_path)
+    with pytest.raises(ConfigError, match="on another machine") as refused:
+        compute.check(compute.render(job.spec), Secrets())
+    assert refused.value.key == "tracking_uri"
+    assert "both machines reach" in refused.value.hint or "the engine's machine reaches" in refused.value.hint
 
 
 def test_what_ssh_says_is_said(ssh) -> None:
