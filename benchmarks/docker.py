@@ -56,6 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mlflow-remote-benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         os.environ["XDG_STATE_HOME"] = str(folder / "state")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         if not options.sqlite:
             os.environ["MLFLOW_TRACKING_URI"] = stack.enter_context(server(folder))
