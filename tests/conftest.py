@@ -160,10 +160,9 @@ def _no_engine() -> str:
 def _no_cluster() -> str:
     if not os.environ.get("KUBECONFIG"):
         return "KUBECONFIG is not set"
-    from kubernetes import client, config
+    from mlflow_remote_backend.compute.kubernetes.api import Api
 
-    with config.new_client_from_config() as api:
-        client.VersionApi(api).get_code(_request_timeout=10)
+    Api.open().get("/version", patience_s=0.0)
     return ""
 
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import certifi
 import mlflow
 import pytest
 import yaml
 from namespaces import REGISTRY, Namespace, Tracking, until
 
 from mlflow_remote_backend.compute.kubernetes import objects, preflight
+from mlflow_remote_backend.compute.kubernetes.api import Api, ApiError
 from mlflow_remote_backend.submitted_run import RemoteExecutionException
 from mlflow_remote_backend.testing import Projects, ended, stored_log
 
@@ -169,6 +171,30 @@ def test_a_template_that_weakens_security_is_told_of(
     view = projects.run("id -u", kubernetes=config)
     assert stored_log(view.run_id) == b"0\n"
     assert "pod_template weakens security: container main: runs as root" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- TLS
+
+
+def kubeconfig_with(folder: Path, **cluster: Any) -> str:
+    """This session's kubeconfig with other words about the cluster's certificates."""
+    document = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
+    for each in document["clusters"]:
+        each["cluster"] = {"server": each["cluster"]["server"], **cluster}
+    path = folder / "changed.kubeconfig"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+def test_a_server_that_the_clusters_authority_did_not_sign_is_refused(cluster: Api, tmp_path: Path) -> None:
+    stranger = Api.open(kubeconfig=kubeconfig_with(tmp_path, **{"certificate-authority": certifi.where()}))
+    with pytest.raises(ApiError, match="CERTIFICATE_VERIFY_FAILED"):
+        stranger.get("/version", patience_s=0.0)
+
+
+def test_only_a_kubeconfig_can_ask_for_no_verification(cluster: Api, tmp_path: Path) -> None:
+    insecure = Api.open(kubeconfig=kubeconfig_with(tmp_path, **{"insecure-skip-tls-verify": True}))
+    assert insecure.get("/version", patience_s=0.0).body["major"]
 
 
 # ------------------------------------------------------------------------------------------------------------ rights

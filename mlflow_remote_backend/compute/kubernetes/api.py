@@ -343,6 +343,8 @@ class Api:
 
     def _unreachable(self, method: str, path: str, error: Exception) -> ApiError:
         """No answer, or half of one: from the client library or below it, whatever it raised."""
+        while isinstance(error, AttributeError) and isinstance(error.__context__, Exception):
+            error = error.__context__  # the client stumbles over an error that has no body
         words = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
         return self._error(method, path, 0, words=words, transient=True)
 
@@ -525,7 +527,28 @@ def _client(configuration: Any) -> Any:
     configuration.retries = False  # trying again is decided here, where it is known what may be repeated
     configuration.connection_pool_maxsize = 64  # log streams and watches hold theirs for hours
     configuration.socket_options = _keep_alive()
-    return dynamic.DynamicClient(client.ApiClient(configuration), discoverer=lambda client, cache_file: None)
+    made = client.ApiClient(configuration)
+    if configuration.verify_ssl:
+        own_authority = configuration.ssl_ca_cert or getattr(configuration, "ca_cert_data", None)
+        made.rest_client.pool_manager.connection_pool_kw["ssl_context"] = _tls(public=not own_authority)
+    return dynamic.DynamicClient(made, discoverer=lambda client, cache_file: None)
+
+
+def _tls(*, public: bool) -> Any:
+    """Certificates are verified as kubectl does; ``public``: by the machine's own authorities.
+
+    Python 3.13 would also refuse a cluster's own authority for want of an extension that RFC 5280 asks for, which those
+    of many clusters lack (kubernetes-client/python 2394).
+    """
+    import ssl
+
+    from urllib3.util.ssl_ import create_urllib3_context
+
+    context = create_urllib3_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if public:
+        context.load_default_certs()
+    return context
 
 
 def _keep_alive() -> list[tuple[int, int, int]]:
