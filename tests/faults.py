@@ -48,13 +48,14 @@ class Fault:
 class FaultProxy:
     """``url`` stands for ``upstream``. Faults are tried in order; requests that none hits pass through."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.hold = threading.Event()  # cleared: every request waits
         self.hold.set()
         self._upstream = urlsplit(upstream)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._host = host
+        self._server = ThreadingHTTPServer((host, 0), self._handler())
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._serve()
@@ -83,7 +84,7 @@ class FaultProxy:
 
     def listen(self) -> None:
         """Listen again, on the same port, without faults."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
+        self._server = ThreadingHTTPServer((self._host, self.port), self._handler())
         self._server.daemon_threads = True
         self.mend()
         self._serve()
@@ -141,8 +142,9 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(upstream)
+def fault_proxy(upstream: str, host: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """``host``: where it listens; ``0.0.0.0``: also for pods and containers."""
+    proxy = FaultProxy(upstream, host)
     try:
         yield proxy
     finally:

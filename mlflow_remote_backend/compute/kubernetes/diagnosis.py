@@ -146,6 +146,7 @@ def _ended(pod: Raw) -> JobStatus:
         found = Diagnosis(
             Reason.FINALIZE_INCOMPLETE,
             "The program ended well, but not everything could be uploaded, and its run was not finalised.",
+            "; ".join(map(str, ending.runner_record(pod).get("pending") or ())),
             hint="The tracking server may have been out of reach for longer than `finalize_timeout`.",
         )
     return JobStatus(Phase.DONE, found, exit_code=code, gone=True, attempt=objects.attempt(pod))
