@@ -78,6 +78,19 @@ def cut(after_bytes: int) -> Fault:
     return act
 
 
+def cut_after_s(seconds: float) -> Fault:
+    """The answer breaks off after so long."""
+
+    def act(handler: _Handler, body: bytes) -> None:
+        timer = threading.Timer(seconds, handler.hang_up)
+        timer.daemon = True
+        timer.start()
+        handler.pass_on(body)
+        timer.cancel()
+
+    return act
+
+
 def end(after_bytes: int) -> Fault:
     """The answer ends cleanly, but early, as every middlebox and the kubelet's four hours do."""
     return lambda handler, body: handler.pass_on(body, limit=after_bytes)
@@ -245,6 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
         """RST instead of FIN: the client sees a connection that was reset."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
+
+    def hang_up(self) -> None:
+        """At once, whatever another thread is writing."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -70,6 +70,17 @@ def test_a_log_stream_that_breaks_again_and_again_shows_each_line_once(
     assert proxy.count("GET", LOG) > 2
 
 
+def test_a_log_stream_that_is_cut_every_moment_is_taken_up_at_once(
+    projects: Projects, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stream that brought something is no failure: the next one does not wait longer for it."""
+    proxy.fail("GET", LOG, faultproxy.cut_after_s(0.3), times=None)
+    run = wait(projects, counting(500, 0.02))
+    assert shown(capsys) == expected(500)
+    assert stored_log(run.run_id).decode().splitlines() == expected(500)
+    assert proxy.count("GET", LOG) > 12
+
+
 def test_a_silent_log_stream_does_not_hide_the_end(
     projects: Projects, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:

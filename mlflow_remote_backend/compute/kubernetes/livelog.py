@@ -66,7 +66,7 @@ class LiveLog:
     end: Mapping[str, Any] = field(default_factory=dict)  # what the sidecar said last; empty while it goes on
     _positions: dict[str, Position] = field(default_factory=dict)  # by pod uid
     _complete: set[str] = field(default_factory=set)  # uids of pods whose end frame was seen
-    _failures: int = 0
+    _failures: int = 0  # in a row, without a frame between
     _not_before: float = 0.0
     forbidden: bool = False
 
@@ -126,6 +126,7 @@ class LiveLog:
                 if frame is None:
                     continue
                 heard = True
+                self._failures = 0
                 position.timestamp = timestamp.decode("ascii", "replace")
                 chunk = cursor.fresh(frame)
                 if chunk is not None:
