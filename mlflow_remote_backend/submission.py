@@ -393,7 +393,7 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
     request = bind(compute, planned.request, job_run, stored, planned.packed.path)
     tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
     handle = compute.submit(request, secrets)
-    tags = {PREFIX + "job_uid": handle.uid, PREFIX + "image": handle.image, PREFIX + "snapshot_stored": "true"}
+    tags = {PREFIX + "job_uid": handle.uid, PREFIX + "image": handle.image}
     tags[PREFIX + "phase"] = Phase.QUEUED.value if handle.queued else ""
     with contextlib.suppress(TrackingError):  # the job runs, and is found by its URL: no reason to end it
         tracking.set_tags(run.run_id, {key: value for key, value in tags.items() if value})
@@ -417,6 +417,7 @@ def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
         tracking.store_text(run.run_id, pointer, "snapshot/stored_in")
         return dataclasses.replace(packed.ref, uri=uri)
     tracking.store_file(run.run_id, packed.path, "snapshot")
+    tracking.set_tags(run.run_id, {PREFIX + "snapshot_stored": "true"})  # by which later submissions find it
     return dataclasses.replace(packed.ref, uri=f"{run.artifact_uri}/snapshot/{packed.path.name}")
 
 
