@@ -25,7 +25,9 @@ import yaml
 from commands import Command
 from tracking_server import TrackingServer, copy_database, initialised_database, running_server
 
-pytest.register_assert_rewrite("mlflow_remote_backend.testing")  # so that its failures show what was compared
+pytest.register_assert_rewrite(
+    "mlflow_remote_backend.testing", "deployment_contract"
+)  # so that its failures show what was compared
 
 TEST_IMAGES = frozenset({"local/shell:1", "local/debian-python:12", "local/python:3.11"})
 REQUIRED = frozenset(os.environ.get("MLFLOW_REMOTE_TEST_REQUIRE", "").split())

@@ -21,7 +21,7 @@ from click import ClickException
 from mlflow.deployments import BaseDeploymentClient
 from mlflow.exceptions import MlflowException
 
-from .. import submission_folder
+from .. import submission, submission_folder
 from ..display import Terminal, harmless
 from ..errors import ComputeError, RemoteError, RequestError
 from ..follow import stderr_line
@@ -295,22 +295,29 @@ def _apply(
         watcher.say(f"fetching model {harmless(model_uri)}")
         folder, found = model.fetch(model_uri, own.scratch, tracking, flavor)
         locked = model.environment(folder, made.run, watcher.say)
-        spec = describe(draft, made, found, locked, secrets)
+        spec = describe(draft, made, found, locked, secrets, tracking.uri)
         for notice in where.check(spec):
             watcher.say(notice)
-        status = where.apply(Order(spec, folder, secrets), watcher)
+        credentials = submission.secrets_of(made.run, os.environ).runner
+        status = where.apply(Order(spec, folder, secrets, credentials), watcher)
     watcher.say(f"deployment {spec.name} answers at {status.url}/invocations")
     return status
 
 
 def describe(
-    draft: DeploymentSpec, made: DeploymentConfig, found: Any, locked: Any, secrets: Secrets | None
+    draft: DeploymentSpec,
+    made: DeploymentConfig,
+    found: Any,
+    locked: Any,
+    secrets: Secrets | None,
+    tracking_uri: str,
 ) -> DeploymentSpec:
-    """All of it in one frozen value. Pure. ``draft``: name, revision and times."""
+    """All of it in one frozen value. Pure. ``draft``: name, revision and times; ``tracking_uri``: the caller's."""
     run = made.run
     return dataclasses.replace(
         draft,
         model=found,
+        tracking_uri=(run.tracking_uri or tracking_uri) if run.compute == "kubernetes" else "",
         environment=locked,
         compute=run.compute,
         compute_name=run.compute_name,

@@ -45,7 +45,7 @@ ORIGIN = "the deployment's config"
 #: Keys of backend_config that mean the same here.
 SHARED = (
     "compute", "env_manager", "environment", "env_vars", "pass_env", "secrets", "resources", "labels", "annotations",
-    "start_timeout", "image_pull_timeout", "grace_period", "docker", "kubernetes",
+    "start_timeout", "image_pull_timeout", "grace_period", "docker", "kubernetes", "tracking_uri",
 )  # fmt: skip
 
 _DNS = "[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"

@@ -44,6 +44,7 @@ def fetch(uri: str, folder: Path, tracking: Tracking, flavor: str | None = None)
     origin = {key: value for key, value in (version.tags if version else {}).items() if key.startswith(PREFIX)}
     return path, ModelRef(
         uri=uri,
+        source=f"models:/{version.name}/{version.version}" if version else uri,
         flavor=flavor or FLAVOR,
         flavors=flavors,
         run_id=(version.run_id if version else "") or found.run_id or "",

@@ -25,7 +25,8 @@ NAME_LABEL = "mlflow-remote/deployment"
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model, downloaded and looked at. ``uri``: as it was asked for; ``source``: where it was fetched from.
+    """A model, downloaded and looked at. ``uri``: as it was asked for; ``source``: the same with an alias resolved, so
+    that whoever fetches it again, a year from now, gets the same one.
 
     ``flavor``: the one that is served; ``flavors``: all that it has. ``origin``: the registered version's tags that say
     where it came from (run, snapshot, environment), as far as they are known.
@@ -77,11 +78,13 @@ class DeploymentSpec:
 
     ``timeout_s``: of one request; ``start_timeout_s``: until a new revision answers. ``guarded``: requests need a
     token. ``secret_names``: variables that travel as secrets. ``config``: what the user wrote, for the next update.
-    ``options``: the target's own section of the config, as for runs.
+    ``options``: the target's own section of the config, as for runs. ``tracking_uri``: the tracking server as pods of a
+    cluster reach it; empty for targets that are handed the model.
     """
 
     name: str
     model: ModelRef
+    tracking_uri: str = ""
     environment: EnvironmentRef = field(default_factory=EnvironmentRef)
     compute: str = "local"
     compute_name: str = ""
@@ -132,11 +135,16 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Order:
-    """A revision to be served: its spec, the model's folder on this machine, and the secrets (None: as before)."""
+    """A revision to be served: its spec, the model's folder on this machine, and the secrets (None: as before).
+
+    ``credentials``: variables by which MLflow and its artifact store are reached, for a target that fetches the model
+    itself; a server never gets them.
+    """
 
     spec: DeploymentSpec
     model: Path
     secrets: Secrets | None = None
+    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class State(str, enum.Enum):
@@ -150,8 +158,11 @@ class State(str, enum.Enum):
 
 @dataclass(frozen=True)
 class DeploymentStatus:
-    """What a target knows of a deployment right now. ``url``: of its server, without a path; empty where it has none
-    from here. ``detail``: one line for a person. ``restarts``: of servers that died."""
+    """What a target knows of a deployment right now.
+
+    ``url``: of its server, without a path, as its users reach it (a cluster's may be known inside of it only); empty
+    where it has none. ``detail``: one line for a person. ``restarts``: of servers that died.
+    """
 
     spec: DeploymentSpec
     state: State

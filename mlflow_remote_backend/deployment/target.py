@@ -28,6 +28,7 @@ from .spec import Answer, DeploymentSpec, DeploymentStatus, Order
 OURS = {
     "local": "mlflow_remote_backend.deployment.local:LocalTarget",
     "docker": "mlflow_remote_backend.deployment.docker:DockerTarget",
+    "kubernetes": "mlflow_remote_backend.deployment.kubernetes.target:KubernetesTarget",
 }
 
 

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("execute.py", "execute.sh"):
         shutil.copyfile(Path(__file__).with_name(name), arguments.tools / name)
     try:
-        _check_release(os.environ.get("MLFLOW_REMOTE_CLIENT_VERSION", ""))
+        check_release(os.environ.get("MLFLOW_REMOTE_CLIENT_VERSION", ""))
         spec = envelope.load(arguments.envelope.read_bytes())
     except (JobError, OSError) as error:
         what, words = getattr(error, "what", "The envelope cannot be read."), getattr(error, "words", str(error))
@@ -276,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_release(client: str) -> None:
+def check_release(client: str) -> None:
+    """Raises JobError where the runner is of another release than whoever made the job."""
     if client and client != __version__:
         raise JobError(
             f"The runner image has release {__version__} of mlflow-remote-backend, the submitter {client}.",

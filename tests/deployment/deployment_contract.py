@@ -9,12 +9,15 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pandas
 import pytest
 from mlflow.exceptions import MlflowException
 
 from mlflow_remote_backend.deployment import calling
+from mlflow_remote_backend.deployment.spec import Answer
 
 NAME = f"mlr-test-{os.getpid()}"  # others may use the same engine or cluster
 ONE = pandas.DataFrame({"x": [0.0]})
@@ -28,11 +31,19 @@ BROKEN = {
 }
 
 
-class Load:
-    """Requests one after the other, for the duration of a block; every answer is kept."""
+Ask = Callable[..., Answer]
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+
+def asked_at(url: str, path: str, body: bytes | None = None, token: str = "") -> Answer:
+    return calling.ask(url, path, body=body, token=token, timeout_s=60)
+
+
+class Load:
+    """Requests one after the other, for the duration of a block; every answer is kept. ``where``: a server's URL, or
+    what asks it."""
+
+    def __init__(self, where: str | Ask) -> None:
+        self.ask: Ask = where if callable(where) else partial(asked_at, where)
         self.answers: list[tuple[int, object]] = []
         self.answered_at: list[float] = []  # of those that succeeded
         self._stop = threading.Event()
@@ -41,7 +52,7 @@ class Load:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                answer = calling.ask(self.url, "/invocations", body=calling.body_of(ONE), timeout_s=60)
+                answer = self.ask("/invocations", calling.body_of(ONE))
                 self.answers.append((answer.status, json.loads(answer.body)["predictions"]))
                 self.answered_at.append(time.monotonic())
             except Exception as error:  # noqa: BLE001  whatever it is, it is a request that failed
@@ -67,6 +78,10 @@ class Load:
 
 
 class TargetContract:
+    def ask(self, made: dict, path: str, body: bytes | None = None, token: str = "") -> Answer:
+        """One request as the deployment's users send it."""
+        return asked_at(made["url"], path, body, token)
+
     def test_train_register_deploy_predict_update_delete(self, trained, client, config, left, capfd):
         made = client.create_deployment(NAME, trained.model, config={**config, "tags": {"owner": "ada"}})
         assert (made["state"], made["model_version"], made["run_id"]) == ("ready", "diabetes/1", trained.run_id)
@@ -100,7 +115,7 @@ class TargetContract:
         self, client, config, make_model
     ):
         made = client.create_deployment(NAME, make_model("first", predicts="1"), config=config)
-        with Load(made["url"]) as load:
+        with Load(partial(self.ask, made)) as load:
             with pytest.raises(MlflowException, match="no such luck") as broken:
                 client.update_deployment(NAME, make_model("broken", loads="raise RuntimeError('no such luck')"))
             assert client.get_deployment(NAME)["revision"] == 1
@@ -140,13 +155,13 @@ class TargetContract:
         assert made["guarded"] is True
         body = calling.body_of(ONE)
         for token in ("", "wrong", "s3cret-toke"):
-            assert calling.ask(made["url"], "/invocations", body=body, token=token).status == 401
-        assert calling.ask(made["url"], "/openapi.json").status == 401
-        assert calling.ask(made["url"], "/ping").status == 200
+            assert self.ask(made, "/invocations", body, token).status == 401
+        assert self.ask(made, "/openapi.json").status == 401
+        assert self.ask(made, "/ping").status == 200
         assert client.predict(NAME, ONE)["predictions"] == [12]
         monkeypatch.delenv("THE_TOKEN")
         monkeypatch.delenv("PASSED")
         client.update_deployment(NAME, config={"description": "the secrets stay"})
         assert client.predict(NAME, ONE)["predictions"] == [12]
-        assert calling.ask(made["url"], "/invocations", body=body).status == 401
+        assert self.ask(made, "/invocations", body).status == 401
         assert "s3cret" not in json.dumps(client.get_deployment(NAME))

@@ -1,16 +1,18 @@
 """MLflow's own scoring server for one model, on sockets that are open already. Runs in the model's environment.
 
-    python serve.py --model FOLDER [--token-file FILE] [--timeout SECONDS] [--grace SECONDS] --fd N …
+    python serve.py --model FOLDER [--token-file FILE] [--timeout SECONDS] [--grace SECONDS] [--behind-proxies] --fd N …
 
 It needs what MLflow's scoring server needs (MLflow 3 with FastAPI and uvicorn, which it brings) and nothing of ours.
 Requests are accepted once the model is loaded, not before. With a token, whatever is not a health check needs the
-header ``Authorization: Bearer TOKEN``; without it the answer is 401. The token is read from a file and never written.
+header ``Authorization: Bearer TOKEN``; without it the answer is 401. Kubernetes' API server keeps that header for
+itself, so ``X-MLflow-Remote-Token: TOKEN`` does as well. The token is read from a file and never written.
 """
 
 from __future__ import annotations
 
 import argparse
 import hmac
+import logging
 import os
 import signal
 import socket
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 WATCH_S = 0.5
+BACKLOG = 1024
 OPEN_PATHS = ("/ping", "/health", "/version")
+#: How long a connection may be idle: longer than proxies keep theirs (Go's and the API server's 90 s, nginx and load
+#: balancers 60 s), or a request may be sent into one that is being closed here.
+KEEP_ALIVE_S = {False: 5, True: 120}
 UNAUTHORIZED = b'{"error_code": "UNAUTHENTICATED", "message": "This deployment wants a token (Authorization: Bearer)."}'
 
 
@@ -32,7 +38,7 @@ class Guard:
 
     def __init__(self, application: Any, token: str) -> None:
         self._application = application
-        self._expected = b"Bearer " + token.encode()
+        self._expected = {b"authorization": b"Bearer " + token.encode(), b"x-mlflow-remote-token": token.encode()}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._allowed(scope):
@@ -43,8 +49,16 @@ class Guard:
         await send({"type": "http.response.body", "body": UNAUTHORIZED})
 
     def _allowed(self, scope: Any) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        given = [(name, value) for name, value in scope["headers"] if name in self._expected]
+        return len(given) == 1 and hmac.compare_digest(given[0][1], self._expected[given[0][0]])
+
+
+class WithoutProbes(logging.Filter):
+    """Leaves out of the access log that a health check was answered: there is one every few seconds."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        _, method, path, _, status = record.args if isinstance(record.args, tuple) else ("",) * 5
+        return not (method == "GET" and path in OPEN_PATHS and status == 200)
 
 
 def application(model: str, token: str) -> Any:
@@ -61,6 +75,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--token-file", default="")
     parser.add_argument("--timeout", default="")
     parser.add_argument("--grace", type=int, default=30)
+    parser.add_argument("--behind-proxies", action="store_true")
     parser.add_argument("--fd", type=int, action="append", required=True)
     return parser.parse_args(argv)
 
@@ -94,7 +109,15 @@ def main(argv: list[str]) -> int:
             f"MLflow {VERSION} in the model's environment has another scoring server; MLflow 3 is needed: log anew."
         )
     app = application(asked.model, token)
-    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=asked.grace)
+    config = uvicorn.Config(
+        app,
+        log_level="info",
+        timeout_graceful_shutdown=asked.grace,
+        timeout_keep_alive=KEEP_ALIVE_S[asked.behind_proxies],
+        backlog=BACKLOG,
+    )
+    if asked.behind_proxies:
+        logging.getLogger("uvicorn.access").addFilter(WithoutProbes())
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd) for fd in asked.fd])
     return 0
 
