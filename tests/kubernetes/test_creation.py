@@ -171,9 +171,12 @@ def test_a_submission_that_died_half_way_is_continued_by_the_next_of_its_id(
 ) -> None:
     project = projects.make("echo ran once")
     steps = int(submit_until(0, projects, project).stdout.split()[0])
+    runs = {}
     for step in range(1, steps):
-        assert submit_until(step, projects, project).returncode == -signal.SIGKILL
-        run = projects.submit(project, submission_id=f"crash-{step}")
+        killed = submit_until(step, projects, project)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        runs[step] = projects.submit(project, submission_id=f"crash-{step}")
+    for step, run in runs.items():
         assert ended(run).status == "FINISHED", f"after step {step}"
         assert stored_log(run.run_id) == b"ran once\n"
     ids = [objects.annotation(job, names.SUBMISSION_ID) for job in namespace.ours("jobs")]

@@ -161,9 +161,18 @@ class Api:
     def get(self, path: str, *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
         return self._json("GET", path, query, None, "", patience_s)
 
-    def create(self, path: str, body: Mapping[str, Any], *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
-        """POST once; tried again only after 429, which was not processed. ``compute`` meets a lost reply."""
-        return self._json("POST", path, query, body, "application/json", patience_s)
+    def create(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        patience_s: float = PATIENCE_S,
+        repeatable: bool = False,
+        **query: Any,
+    ) -> Answer:
+        """POST once; again only after 429, which was not processed, and where it creates nothing (``repeatable``).
+        ``compute`` meets a lost reply."""
+        return self._json("POST", path, query, body, "application/json", patience_s, repeatable)
 
     def patch(self, path: str, body: Any, *, patience_s: float = PATIENCE_S, **query: Any) -> Answer:
         """A JSON merge patch; ours are idempotent."""
@@ -245,16 +254,26 @@ class Api:
     # ---------------------------------------------------------------------------------------------- requests
 
     def _json(
-        self, method: str, path: str, query: Mapping[str, Any], body: Any, content_type: str, patience_s: float
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any],
+        body: Any,
+        content_type: str,
+        patience_s: float,
+        repeatable: bool = True,
     ) -> Answer:
         deadline = time.monotonic() + patience_s
         for attempt in range(1_000_000):
             try:
                 return self._json_once(method, path, query, body, content_type)
             except ApiError as error:
-                once_only = method == "POST" and error.status != 429
                 pause_s = _pause_s(attempt, error)
-                if not error.transient or once_only or time.monotonic() + pause_s > deadline:
+                if (
+                    not error.transient
+                    or not (repeatable or error.status == 429)
+                    or time.monotonic() + pause_s > deadline
+                ):
                     raise
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
@@ -322,7 +341,9 @@ class Api:
         details = body.get("details") or {}
         words = str(body.get("message") or getattr(error, "reason", "") or f"HTTP {status}")
         reason = str(body.get("reason") or "")
-        transient = status in _TRANSIENT_STATUS or (status == 409 and reason == "Conflict")
+        # Somebody changed the object meanwhile; a DELETE conflicts only with its own precondition, for good.
+        conflict = status == 409 and reason == "Conflict" and method != "DELETE"
+        transient = status in _TRANSIENT_STATUS or conflict
         return self._error(
             method,
             path,

@@ -178,8 +178,11 @@ def denied(api: Api, namespace: str, wanted: Iterable[Right]) -> frozenset[Right
     rights = tuple(wanted)
 
     def ask() -> frozenset[Right]:
+        # The first one alone: threads that begin a process's first TLS connection at once were seen to fail in OpenSSL.
+        first, *others = rights
+        allowed = [_allowed(api, namespace, first)]
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="preflight") as pool:
-            allowed = list(pool.map(lambda right: _allowed(api, namespace, right), rights))
+            allowed += pool.map(lambda right: _allowed(api, namespace, right), others)
         return frozenset(right for right, each in zip(rights, allowed, strict=True) if not each)
 
     found: frozenset[Right] = _once((id(api), namespace, "rights", rights), ask)
@@ -196,7 +199,8 @@ def _allowed(api: Api, namespace: str, right: Right) -> bool:
         "spec": {"resourceAttributes": wanted},
     }
     try:
-        answer = api.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review, patience_s=PATIENCE_S)
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        answer = api.create(path, review, patience_s=PATIENCE_S, repeatable=True)
     except ApiError as error:
         if error.status == 403:
             return True
@@ -298,7 +302,8 @@ def _ask_dry(api: Api, namespace: str, built: Manifest, secrets: Secrets, *, pod
 
 def _create_dry(api: Api, path: str, body: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     try:
-        return api.create(path, body, patience_s=PATIENCE_S, dryRun="All", fieldValidation="Warn").warnings
+        asked = {"dryRun": "All", "fieldValidation": "Warn"}
+        return api.create(path, body, patience_s=PATIENCE_S, repeatable=True, **asked).warnings
     except ApiError as error:
         if error.reason == "AlreadyExists" or error.transient:
             return ()
