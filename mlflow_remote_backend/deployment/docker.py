@@ -2,8 +2,9 @@
 
 The state is on the engine: labels find the container, files in it say what it serves; the client's disk has nothing.
 The model is copied in, so the engine may be anywhere. The environment is in the volume that jobs share, mounted
-read-only. The container has no capability, no new privileges, and a user without rights; Docker starts it again after
-a restart of the engine. While an update has two models loaded, the memory limit is the sum of what both may use.
+read-only, as is the image. The container has no capability, no new privileges, and a user without rights; Docker starts
+it again after a restart of the engine. While an update has two models loaded, the memory limit is the sum of what both
+may use.
 
 What a running container cannot become (another image, user, port, label …) an update makes a second one for, named
 ``mld-NAME.next``. Where it shall have the same port, it is in no network while it loads its model, since an engine
@@ -24,7 +25,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from ..compute.docker import copying, images, leftovers, request, users
@@ -39,10 +40,16 @@ from .kept import File, Keep, KeptTarget, Software, being_changed, name_taken
 from .spec import NAME_LABEL, Answer, DeploymentSpec, Order, Secrets
 from .target import Watcher
 
-FOLDER = "/mlflow/deployment"
+VOLUME = "/mlflow"  # all that can be written to, and it goes with the container; and /tmp, in memory
+FOLDER = f"{VOLUME}/deployment"
+SCRATCH = f"{FOLDER}/tmp"  # the servers' home and folder for temporary files
 PORT = 8080  # inside
 USER = "65532:65532"  # who serves where the image names nobody: no user of the engine's machine
 SERVICE_LOG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
+WRITABLE = (
+    {"Type": "volume", "Target": VOLUME, "VolumeOptions": {"NoCopy": True}},
+    {"Type": "tmpfs", "Target": "/tmp", "TmpfsOptions": {"Mode": 0o1777}},
+)
 PORTS = range(20000, 32000)  # where a free one is looked for: below those that systems hand out by themselves
 PORT_ATTEMPTS = 20
 PORT_TAKEN = ("port is already allocated", "address already in use")  # by a container, by anybody else
@@ -108,7 +115,7 @@ class DockerTarget(KeptTarget):
     def software(self, spec: DeploymentSpec, watcher: Watcher) -> Software:
         image = self._image(spec, watcher)
         own = dict(each.partition("=")[::2] for each in image.environment)
-        own |= {"HOME": "/tmp", "USER": "mlflow", "LOGNAME": "mlflow", "TMPDIR": "/tmp", "PYTHONUNBUFFERED": "1"}
+        own |= {"HOME": SCRATCH, "USER": "mlflow", "LOGNAME": "mlflow", "TMPDIR": SCRATCH, "PYTHONUNBUFFERED": "1"}
         if not spec.environment.lock_key:
             return Software("python3", own)
         from ..compute.docker import environments
@@ -348,8 +355,9 @@ def container(spec: DeploymentSpec, image: Image, port: int) -> dict[str, Any]:
     ).document
     managed, _, by = request.MANAGED_LABEL.partition("=")
     host = dict(base["HostConfig"])
-    host["Mounts"] = _mounts(spec)
+    host["Mounts"] = [*WRITABLE, *_mounts(spec)]
     host |= {
+        "ReadonlyRootfs": True,
         "PortBindings": {f"{PORT}/tcp": [{"HostIp": spec.service.host, "HostPort": str(port or "")}]},
         "RestartPolicy": {"Name": "unless-stopped"},
         "LogConfig": SERVICE_LOG,
@@ -450,11 +458,17 @@ class DockerKeep:
             return
         connection = self.engine.exec(self.container, ["python3", "-I", "-S", f"{FOLDER}/server/hold.py", FOLDER])
         try:
-            said = b""
+            said, words = b"", b""
             with contextlib.suppress(OSError):
-                said = next((data for kind, data in connection.frames(HOLD_S) if kind == STDOUT), b"")
-            if said.strip() != b"held":
+                for kind, data in connection.frames(HOLD_S):
+                    said, words = (said + data, words) if kind == STDOUT else (said, words + data)
+                    if said.endswith(b"\n"):
+                        break
+            if said == b"busy\n":
                 raise being_changed(self._name)
+            if said != b"held\n":
+                what = f"Whether somebody is changing deployment {self._name} cannot be found out."
+                raise ComputeError(what, words=words.decode(errors="replace"), transient=True)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -483,10 +497,12 @@ class DockerKeep:
 
     def put(self, files: Sequence[File]) -> None:
         """What others wait for (the last file) goes in beside its place first: a copy is seen while it grows."""
-        folders = {str(parent) for file in files for parent in Path(FOLDER, file.path).parents if str(parent) != "/"}
-        items = [copying.Item(each.lstrip("/"), mode=0o755) for each in sorted(folders)]
-        items += [copying.Item(f"{FOLDER}/{file.path}".lstrip("/"), file.source, file.mode) for file in files]
-        self.engine.copy_in(self.container, "/", copying.pack(items, self._owner))
+        paths = [(PurePosixPath(FOLDER, file.path).relative_to(VOLUME), file) for file in files]
+        folders = {str(parent) for path, _ in paths for parent in path.parents if parent.name}
+        folders.add(str(PurePosixPath(SCRATCH).relative_to(VOLUME)))
+        items = [copying.Item(each, mode=0o755) for each in sorted(folders)]
+        items += [copying.Item(str(path), file.source, file.mode) for path, file in paths]
+        self.engine.copy_in(self.container, VOLUME, copying.pack(items, self._owner))
 
     def drop(self, name: str) -> None:
         """Only housekeeping: where the container does not run, it is left for the next time."""

@@ -72,7 +72,7 @@ def everywhere() -> Seen:
     unknown = []
     for place, answer in zip(asked, answers, strict=True):
         if isinstance(answer, BaseException):
-            unknown += _complaint(place, answer)
+            unknown += _complaint(place, answer, PATIENCE_S)
             continue
         where, statuses = answer
         for status in statuses:  # two names may mean one place
@@ -181,7 +181,7 @@ def _side_by_side(asks: Sequence[Callable[[], _T]], patience_s: float) -> list[_
     return list(answers)
 
 
-def _complaint(place: Place, error: BaseException, patience_s: float = PATIENCE_S) -> list[str]:
+def _complaint(place: Place, error: BaseException, patience_s: float) -> list[str]:
     """Nothing is to be said of an engine that this machine does not have."""
     if isinstance(error, TimeoutError):
         return [f"{place.name} did not answer within {patience_s:g} s: its deployments are not shown."]

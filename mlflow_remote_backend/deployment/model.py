@@ -16,6 +16,7 @@ from ..tracking import PREFIX, Tracking
 from .spec import ModelRef
 
 FLAVOR = "python_function"
+OLDEST_MLFLOW = 3  # its scoring server is FastAPI's; before, it was Flask's
 _VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)$")
 _ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/]+)$")
 
@@ -68,9 +69,36 @@ def environment(path: Path, config: BackendConfig, say: Say) -> EnvironmentRef:
     platform = submission.platform_of(config)
     elsewhere = config.compute not in ("local", "docker")
     locked = locking.lock(declared, platform, cache.default_root(), submission.Narrator(say), elsewhere=elsewhere)
+    refuse_other_server(locked)
     for notice in locked.notices:
         say(notice)
     return locked
+
+
+def refuse_other_server(locked: EnvironmentRef) -> None:
+    """Raises RequestError where the locked environment has no scoring server that we can start: MLflow 3's."""
+    from ..environment import cache, lockfile, requirements
+
+    if locked.kind == "conda-lock":
+        rows = lockfile.conda_lock_rows(lockfile.load_conda_lock(locked.lock), locked.platform)
+    else:
+        listed = requirements.expand_text(locked.lock, folder=cache.default_root(), where="the environment's lock")
+        rows = lockfile.for_platform(lockfile.requirements_rows(listed, "The environment's lock"), locked)
+    found = {row.name: row.version for row in rows if row.name in ("mlflow", "mlflow-skinny")}
+    if not found:
+        raise RequestError(
+            "The model's environment has no MLflow, whose scoring server is to serve it.",
+            hint="Log the model with mlflow (or mlflow-skinny and pandas) in its pip_requirements.",
+        )
+    for name, version in sorted(found.items()):
+        major = version.partition(".")[0]
+        if major.isdigit() and int(major) < OLDEST_MLFLOW:
+            raise RequestError(
+                f"The model's environment has {name} {version}, whose scoring server is another one: "
+                f"MLflow {OLDEST_MLFLOW} is needed.",
+                hint="Log the model anew with MLflow 3, or change its requirements "
+                "(mlflow.models.update_model_requirements).",
+            )
 
 
 def _declaration(path: Path, manager: str | None) -> tuple[str, Path]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mlflow_remote_backend.deployment import config
+from mlflow_remote_backend.deployment import config, model
 from mlflow_remote_backend.deployment.spec import Autoscale, DeploymentSpec, ModelRef, Service
 from mlflow_remote_backend.errors import ConfigError, RequestError
+from mlflow_remote_backend.job import EnvironmentRef
 
 
 def test_the_command_lines_text_means_what_json_means():
@@ -118,3 +119,16 @@ def test_a_spec_survives_its_text():
     assert DeploymentSpec.load(spec.dump()) == spec
     with pytest.raises(ValueError, match="list"):
         DeploymentSpec.load("[]")
+
+
+def test_an_environment_without_the_scoring_server_is_refused():
+    def locked(*lines: str) -> EnvironmentRef:
+        hashed = "".join(f"{line} --hash=sha256:{'0' * 64}\n" for line in lines)
+        return EnvironmentRef("virtualenv", "requirements", "key", hashed, "linux-64", "3.11")
+
+    model.refuse_other_server(locked("mlflow-skinny==3.1.0", "pandas==2.0.0"))
+    model.refuse_other_server(locked("mlflow==3.0.0rc1", "mlflow-skinny==3.0.0rc1"))
+    with pytest.raises(RequestError, match=r"has mlflow 2\.9\.2"):
+        model.refuse_other_server(locked("mlflow==2.9.2"))
+    with pytest.raises(RequestError, match="has no MLflow"):
+        model.refuse_other_server(locked("pandas==2.0.0"))

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 from deployment_contract import NAME, ONE, Load, TargetContract
 from engine_proxy import engine_proxy
@@ -86,6 +87,7 @@ def test_the_container_has_no_rights_and_no_secrets():
     assert document["User"] == "65532:65532"
     assert host["PortBindings"] == {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": "20001"}]}
     assert not host.get("Binds")
+    assert host["ReadonlyRootfs"] is True
     assert "Env" not in document
     assert "visible-nowhere" not in json.dumps(document)
 
@@ -175,6 +177,19 @@ def test_an_environment_that_cannot_be_solved_is_said_before_anything_exists(cli
     odd = make_model("odd", requirements=("numpy>=1000",))
     with pytest.raises(MlflowException, match="numpy"):
         client.create_deployment(NAME, odd, config=config)
+    assert engine.inspect(container_name(NAME)) is None
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_a_model_of_mlflow_2_is_refused_before_anything_exists(client, config, make_model, engine):
+    """It has a scoring server of another kind, which would come up and not be found by the keeper."""
+    old = Path(make_model("old"))
+    declared = old / "requirements.txt"
+    declared.write_text(declared.read_text().replace(mlflow.__version__, "2.22.0"))
+    with pytest.raises(MlflowException, match=r"has mlflow-skinny 2\.22\.0.*MLflow 3 is needed") as refused:
+        client.create_deployment(NAME, str(old), config=config)
+    assert "Log the model anew" in str(refused.value)
     assert engine.inspect(container_name(NAME)) is None
 
 
@@ -331,6 +346,19 @@ def test_what_a_killed_creator_left_of_an_environment_is_swept_once_it_does_not_
         assert engine.inspect(name) is None
     finally:
         engine.remove(name)
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_only_its_own_folders_can_be_written_to_and_they_go_with_it(client, config, make_model, engine):
+    loads = "import tempfile; tempfile.mkdtemp(); open('/tmp/x', 'w'); open(os.path.expanduser('~/x'), 'w')"
+    client.create_deployment(NAME, make_model("writes", loads=loads), config=config)
+    volumes = [each["Name"] for each in inspected(engine)["Mounts"] if each["Destination"] == "/mlflow"]
+    assert engine.volume(volumes[0]) is not None
+    with pytest.raises(MlflowException, match="Read-only file system"):
+        client.update_deployment(NAME, make_model("spoils", loads="open('/var/tmp/x', 'w')"))
+    client.delete_deployment(NAME)
+    assert engine.volume(volumes[0]) is None
 
 
 @pytest.mark.docker

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -17,7 +19,7 @@ from mlflow.deployments.cli import commands
 from mlflow.exceptions import MlflowException
 
 from mlflow_remote_backend import cli
-from mlflow_remote_backend.deployment import calling
+from mlflow_remote_backend.deployment import calling, looking
 from mlflow_remote_backend.deployment.kept import KeptTarget
 from mlflow_remote_backend.deployment.server import keeper
 from mlflow_remote_backend.errors import ComputeError
@@ -203,6 +205,31 @@ def test_gc_removes_what_never_served_and_nothing_else(client, make_model, home,
     assert cli.main(["gc"]) == 0
     assert sorted(path.name for path in state_folder(home).iterdir() if path.is_dir()) == ["toy"]
     assert client.get_deployment("toy")["state"] == "ready"
+
+
+def test_places_that_do_not_answer_are_named_and_keep_nobody_waiting(client, make_model, tmp_path, monkeypatch, capsys):
+    client.create_deployment("toy", make_model("first"), config=HERE)
+    with socket.create_server(("127.0.0.1", 0)) as swallows, socket.create_server(("127.0.0.1", 0)) as refuses:
+        silent, away = (each.getsockname()[1] for each in (swallows, refuses))
+        refuses.close()
+        named = "computes:\n  same: {compute: local}\n"
+        for name, port in (("silent", silent), ("away", away)):
+            named += f"  {name}: {{compute: docker, docker: {{base_url: 'tcp://127.0.0.1:{port}'}}}}\n"
+        (tmp_path / "computes.yaml").write_text(named)
+        monkeypatch.setenv("MLFLOW_REMOTE_CONFIG", str(tmp_path / "computes.yaml"))
+        monkeypatch.setattr(looking, "PATIENCE_S", 2.0)
+        capsys.readouterr()
+        began = time.monotonic()
+        assert cli.main(["ls", "--json"]) == 0
+        assert time.monotonic() - began < 30  # an engine's own patience is 60 s
+        shown = capsys.readouterr()
+        assert [each["name"] for each in json.loads(shown.out)] == ["toy"]  # once, by whatever name of its place
+        assert "silent did not answer within 2 s" in shown.err
+        assert "away: The Docker engine" in shown.err
+        with pytest.raises(MlflowException, match=r"no deployment other(.|\n)*silent did not answer"):
+            get_deploy_client("remote").get_deployment("other")
+        with pytest.raises(MlflowException, match="is not known"):
+            get_deploy_client("remote").delete_deployment("other")
 
 
 def test_importing_the_plugin_is_cheap():
