@@ -460,6 +460,7 @@ class DockerKeep:
         try:
             said, words = b"", b""
             with contextlib.suppress(OSError):
+                connection.send(b"hold\n")
                 for kind, data in connection.frames(HOLD_S):
                     said, words = (said + data, words) if kind == STDOUT else (said, words + data)
                     if said.endswith(b"\n"):

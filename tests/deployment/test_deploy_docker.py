@@ -318,6 +318,11 @@ def test_two_changes_at_once_exclude_each_other_and_no_lock_outlives_its_holder(
     assert client.update_deployment(NAME, config={"workers": 2})["workers"] == 2
 
 
+STATES = """
+import glob
+input()
+print([open(path).read().rsplit(")", 1)[1].split()[0] for path in glob.glob("/proc/[0-9]*/stat")])
+"""
 HOLDER = """
 import os, sys
 from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine
@@ -367,10 +372,9 @@ def test_orphans_of_a_server_do_not_stay_zombies(client, config, make_model, eng
     client.create_deployment(NAME, make_model("first", loads="os.system('(sleep 0.1 &)')"), config=config)
 
     def states() -> list[str]:
-        program = (
-            "import glob; print([open(p).read().rsplit(')', 1)[1].split()[0] for p in glob.glob('/proc/[0-9]*/stat')])"
-        )
-        frames = engine.exec(container_name(NAME), ["python3", "-I", "-S", "-c", program]).frames(20)
+        connection = engine.exec(container_name(NAME), ["python3", "-I", "-S", "-c", STATES])
+        connection.send(b"speak\n")
+        frames = connection.frames(20)
         return ast.literal_eval(b"".join(data for _, data in frames).decode())
 
     until(lambda: "Z" not in states())

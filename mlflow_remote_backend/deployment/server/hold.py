@@ -1,8 +1,10 @@
 """Hold a deployment against other changes for as long as stdin is open. Standard library only.
 
-python3 -I -S hold.py FOLDER     says ``held``, and ends when stdin does; or ``busy``, at once: somebody else holds it
+python3 -I -S hold.py FOLDER     reads a line, says ``held``, and ends when stdin does; or says ``busy`` and ends:
+                                 somebody else holds it
 
-Whoever dies closes its connection, and the kernel lets go: no lock outlives its holder.
+It does not speak first: what comes together with the engine's own answer is lost on Docker's SDK. Whoever
+dies closes its connection, and the kernel lets go: no lock outlives its holder.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 
 
 def main(folder: str) -> int:
+    sys.stdin.buffer.readline()
     lock = os.open(os.path.join(folder, "changing"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
