@@ -201,7 +201,10 @@ class DockerTarget(KeptTarget):
         if not after.service.port:
             now["service.port"] = 0
         now["docker.image"], then["docker.image"] = keep.image(), self._images[request.image_name(as_job(after))].id
-        return sorted(key for key in now if now[key] != then[key])
+        limit = after.resources.memory_bytes
+        if limit and limit < keep.memory_bytes():  # it must be seen to load within it
+            then["resources.memory"] = limit
+        return sorted(key for key in then if now.get(key) != then[key])
 
     def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
         """With memory for two models while both are loaded."""
@@ -215,9 +218,12 @@ class DockerTarget(KeptTarget):
             super().roll(keep, order, software, secrets, watcher)
             kept = after
         finally:
-            with contextlib.suppress(ComputeError):
-                cpus = spec.resources.cpu if kept == after else None
+            cpus = spec.resources.cpu if kept == after else None
+            try:
                 self.engine().change_limits(keep.container, cpus=cpus, memory_bytes=kept)
+            except ComputeError as error:
+                limit = f"{(kept or 0) / 2**20:.0f} MiB"
+                watcher.say(f"the limits could not be set back: do the servers use more than {limit}? {error.words}")
 
     def replace(
         self, keep: Keep, changed: list[str], order: Order, software: Software, secrets: Secrets, watcher: Watcher

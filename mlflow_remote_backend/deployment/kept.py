@@ -178,14 +178,26 @@ class KeptTarget:
                 f"Deployment {spec.name} was changed by somebody since it was looked at.", hint="Look, and try again."
             )
         before = _spec_in(keep, serving or json.loads(wanted_before).get("revision"))
-        software = self.software(spec, watcher)
-        secrets = order.secrets or _secrets_in(wanted_before, keep)
-        changed = self.only_anew(keep, before, spec) if before is not None else []
-        if changed:
-            self.replace(keep, changed, order, software, secrets, watcher)
-            return
-        keep.drop(f"revisions/{spec.revision - 2}")
-        keep.drop(f"revisions/{spec.revision}")  # of an update that failed
+        try:
+            software = self.software(spec, watcher)
+            secrets = order.secrets or _secrets_in(wanted_before, keep)
+            changed = self.only_anew(keep, before, spec) if before is not None else []
+            if changed:
+                self.replace(keep, changed, order, software, secrets, watcher)
+            else:
+                self._exchange(keep, order, software, secrets, watcher, wanted_before)
+        except DeploymentFailed:
+            raise  # its message says what serves
+        except BaseException:
+            watcher.say(f"revision {serving} of deployment {spec.name} goes on" if serving else "nothing was changed")
+            raise
+
+    def _exchange(
+        self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher, wanted_before: bytes
+    ) -> None:
+        """The next revision in place of the one in the same keep; on failure, the one before is what is wanted."""
+        keep.drop(f"revisions/{order.spec.revision - 2}")
+        keep.drop(f"revisions/{order.spec.revision}")  # of an update that failed
         try:
             self.roll(keep, order, software, secrets, watcher)
         except BaseException:

@@ -159,6 +159,14 @@ def test_limits_follow_an_update_and_are_whole_again_after_a_failed_one(client, 
     assert limit() == 2**30
     client.update_deployment(NAME, config={"memory_gb": 1.5})
     assert limit() == int(1.5 * 2**30)
+    before = inspected(engine)["Id"]
+    client.update_deployment(NAME, config={"memory_gb": 1.25})
+    assert limit() == int(1.25 * 2**30)
+    assert inspected(engine)["Id"] != before  # it was seen to load within less
+    with pytest.raises(MlflowException, match="memory limit"):
+        client.update_deployment(NAME, config={"memory_gb": 0.05})
+    assert limit() == int(1.25 * 2**30)
+    assert client.predict(NAME, ONE)["predictions"] == [1]
 
 
 @pytest.mark.docker
