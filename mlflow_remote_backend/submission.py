@@ -428,7 +428,8 @@ def lock_name(locked: EnvironmentRef) -> str:
 
 def printable(request: Request) -> str:
     """What was (or would be) submitted, as YAML. Holds no secret by construction: a request never does."""
-    return yaml.safe_dump(plain(request.document), sort_keys=False, allow_unicode=True, width=120)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where PyYAML has it: many submissions feel it
+    return str(yaml.dump(plain(request.document), Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def plain(value: Any) -> Any:

@@ -33,6 +33,8 @@ PREFLIGHT_S = 12.0  # a server that is down is told within 15 s
 MAX_TAG_CHARS = 5000  # the smallest limit of the servers in use (MLflow 2.x)
 MAX_PARAM_CHARS = 6000  # MLflow: utils/validation.py; 500 before 2.0
 PARAMS_PER_CALL = 100
+HELD_S = 20.0  # somebody may delete the run that holds a snapshot
+_HELD: dict[tuple[str, str, str], tuple[float, tuple[str, str]]] = {}
 
 T = TypeVar("T")
 
@@ -243,7 +245,20 @@ class Tracking:
         self.call(f"storing {name}", lambda: self.client.log_text(run_id, text, name))
 
     def stored_snapshot(self, experiment_id: str, digest: str, name: str) -> tuple[str, str] | None:
-        """Run id and artifact URI of the snapshot archive ``name`` if the experiment holds it already, or None."""
+        """Run id and artifact URI of the snapshot archive ``name`` if the experiment holds it already, or None.
+
+        Many submissions of one process ask once: an answer holds for HELD_S.
+        """
+        key = (self.uri, experiment_id, name)
+        asked_at, held = _HELD.get(key, (-HELD_S, ("", "")))
+        if time.monotonic() - asked_at < HELD_S:
+            return held
+        found = self._look_for_snapshot(experiment_id, digest, name)
+        if found is not None:
+            _HELD[key] = (time.monotonic(), found)
+        return found
+
+    def _look_for_snapshot(self, experiment_id: str, digest: str, name: str) -> tuple[str, str] | None:
         query = f"tags.`{PREFIX}snapshot` = '{digest}' and tags.`{PREFIX}snapshot_stored` = 'true'"
         search = partial(self.client.search_runs, [experiment_id], query, max_results=3)
         for run in self.call("looking for snapshots", search):

@@ -316,7 +316,7 @@ _KUBERNETES = Section(
         Key("kubeconfig", _PATH, "The kubeconfig. Default: `KUBECONFIG`, else `~/.kube/config`."),
         Key("namespace", _text("namespace", _DNS_LABEL), "Namespace of the job. Default: the context's."),
         Key("image", _IMAGE, "Image of the program. Default: the project's, else the runner image."),
-        Key("runner_image", _IMAGE, "Image of our own containers. Default: the one that belongs to this version."),
+        Key("runner_image", _IMAGE, "Image of our own containers, as `mlflow-remote image build` makes it. Needed."),
         Key("image_pull_secrets", list_of(_OBJECT), "Secrets to pull images with."),
         Key("image_pull_policy", choice("Always", "IfNotPresent", "Never"), "Default: Kubernetes' rule for the tag."),
         Key("service_account", _OBJECT, "Service account of the pod. Default: the namespace's."),
