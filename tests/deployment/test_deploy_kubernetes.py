@@ -151,10 +151,11 @@ def test_a_signature_of_thousands_of_columns_does_not_break_the_limit_of_annotat
 
 
 def test_what_no_cluster_is_needed_for_is_refused_first():
-    preflight.of_config(spec())
+    assert preflight.of_config(spec()) == []
+    assert preflight.of_config(spec(options={"queue": "gpu"})) == ["kubernetes.queue: a deployment is not queued"]
     with pytest.raises(ConfigError, match="autoscale needs"):
         preflight.of_config(spec(autoscale=Autoscale(1, 2)))
-    with pytest.raises(ConfigError, match="pod_template means nothing"):
+    with pytest.raises(ConfigError, match="pod_template is a job's pod"):
         preflight.of_config(spec(options={"pod_template": {"spec": {}}}))
     folder = DeploymentSpec("toy", ModelRef("/tmp/model", source="/tmp/model"), compute="kubernetes", options=OPTIONS)
     with pytest.raises(RequestError, match="is a folder of this machine"):

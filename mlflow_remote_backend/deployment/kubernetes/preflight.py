@@ -41,18 +41,19 @@ OPTIONAL = {
 CREATE_PODS: Right = ("create", "", PODS.plural)
 ASK: Right = ("get", "", "services/proxy")
 _ASKED_FOR = {AUTOSCALER: "autoscale", BUDGET: "replicas", INGRESS: "ingress"}
-_FOR_JOBS_ONLY = ("pod_template", "queue", "api_access")
+#: Of a named compute that is for jobs as well: what a deployment does without.
+_FOR_JOBS_ONLY = {"queue": "a deployment is not queued", "api_access": "a server gets no token of the cluster"}
 
 
-def of_config(spec: DeploymentSpec) -> None:
-    """What needs no cluster to be known. Raises ConfigError and RequestError."""
-    for key in _FOR_JOBS_ONLY:
-        if spec.options.get(key):
-            raise ConfigError(
-                f"kubernetes.{key} means nothing for a deployment.",
-                key=f"kubernetes.{key}",
-                hint=f'Take it back: "kubernetes": {{"{key}": null}}.',
-            )
+def of_config(spec: DeploymentSpec) -> list[str]:
+    """What needs no cluster to be known: notices. Raises ConfigError and RequestError."""
+    if spec.options.get("pod_template"):
+        raise ConfigError(
+            "kubernetes.pod_template is a job's pod, and not understood for deployments.",
+            key="kubernetes.pod_template",
+            hint='Take it back ("kubernetes": {"pod_template": null}); node_selector, tolerations and affinity '
+            "are understood.",
+        )
     if spec.autoscale is not None and spec.resources.cpu is None:
         raise ConfigError(
             "autoscale needs resources.cpu: replicas are added by the share of it that is used.", key="resources.cpu"
@@ -63,6 +64,7 @@ def of_config(spec: DeploymentSpec) -> None:
             f"The model {spec.model.uri} is a folder of this machine, which pods cannot fetch.",
             hint="Log it to a run, or register it: then give runs:/RUN/PATH or models:/NAME/VERSION.",
         )
+    return [f"kubernetes.{key}: {what}" for key, what in _FOR_JOBS_ONLY.items() if spec.options.get(key)]
 
 
 def of_addresses(spec: DeploymentSpec, credentials: Mapping[str, str]) -> None:

@@ -62,11 +62,12 @@ class KubernetesTarget:
         return {"compute": "kubernetes", "objects": documents}
 
     def check(self, spec: DeploymentSpec) -> Sequence[str]:
-        preflight.of_config(spec)
+        notices = preflight.of_config(spec)
         preflight.of_addresses(spec, os.environ)
         api, namespace = self._api(), self._namespace()
         wanted = manifest.beside(spec, "check")
-        notices, lacking = preflight.of_cluster(api, namespace, wanted)
+        found, lacking = preflight.of_cluster(api, namespace, wanted)
+        notices += found
         made = manifest.deployment(spec, manifest.variables(spec, _names_only(spec), {}), "check")
         notices += self._pin(made)
         made = manifest.with_images(made, self._digests)
@@ -296,7 +297,7 @@ class KubernetesTarget:
         deadline = time.monotonic() + PROXY_READY_S
         while True:
             try:
-                answer = self._ask(spec, "/ping", None, calling.JSON, "", manifest.PROBE_TIMEOUT_S)
+                answer = self.ask_service(spec, "/ping", None, timeout_s=manifest.PROBE_TIMEOUT_S)
             except ApiError as error:
                 if error.status == 403:
                     return
@@ -390,7 +391,7 @@ class KubernetesTarget:
         if status is None:
             raise no_such(name, self.name)
         token = self._token(live, status.spec) if status.spec.guarded else ""
-        return self._ask(status.spec, path, body or None, content_type, token, timeout_s)
+        return self.ask_service(status.spec, path, body or None, content_type, token, timeout_s=timeout_s)
 
     def _token(self, live: Mapping[str, Any], spec: DeploymentSpec) -> str:
         """From the Secret; else from the caller's variable, for whoever may call but not read Secrets."""
@@ -403,8 +404,15 @@ class KubernetesTarget:
             f"Deployment {spec.name} wants a token, which you may not read.", hint=f"Set {variable} to it."
         )
 
-    def _ask(
-        self, spec: DeploymentSpec, path: str, body: bytes | None, content_type: str, token: str, timeout_s: float
+    def ask_service(
+        self,
+        spec: DeploymentSpec,
+        path: str,
+        body: bytes | None,
+        content_type: str = calling.JSON,
+        token: str = "",
+        *,
+        timeout_s: float,
     ) -> Answer:
         """Through the API server's proxy of the Service. Raises ApiError, transient where no server answered."""
         service = f"{SERVICE.path(self._namespace())}/http:{spec.name}:http/proxy{path}"
