@@ -76,7 +76,7 @@ def test_its_picture_and_table_are_in_the_run(sample: Path, sqlite_tracking: str
     with open(stored(sqlite_tracking, run_id, "outputs/predictions.csv"), newline="") as file:
         assert len(list(csv.DictReader(file))) == 111
     log = stored(sqlite_tracking, run_id, "logs/std_log.txt").read_text()
-    assert log.splitlines()[0] == "training on 331 patients, 10 columns"
+    assert "training on 331 patients, 10 columns" in log.splitlines()
     assert "logged the model" in shown.stdout
     assert not (sample / "outputs").exists()
 
