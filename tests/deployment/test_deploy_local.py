@@ -30,8 +30,9 @@ HERE = {"env_manager": "local"}
 
 @pytest.fixture
 def client(home, monkeypatch):
-    """Whatever a test deploys is deleted after it. There is no engine, where others may deploy at the same time."""
+    """Whatever a test deploys is deleted after it. No engine and no cluster: others may deploy there meanwhile."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{home.folder}/no-engine.sock")
+    monkeypatch.setenv("KUBECONFIG", f"{home.folder}/no-cluster")
     made = get_deploy_client("remote:/local")
     yield made
     for each in made.list_deployments():
