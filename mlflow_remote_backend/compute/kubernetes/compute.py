@@ -38,7 +38,6 @@ SUBMIT_PATIENCE_S = 60.0
 EVENTS_EVERY_S = 3.0
 SEEN_S = 2.0  # how long the log relies on what status saw
 CANCEL_MARGIN_S = 30.0  # beyond the grace period, until cancel returns all the same
-FOLLOWED_WITHIN_S = 10.0  # a second look within this time begins a watch
 
 
 class KubernetesCompute:
@@ -64,7 +63,6 @@ class KubernetesCompute:
         self._digests: dict[str, str] = {}  # image -> the same by digest
         self._lock = threading.Lock()
         self._api: Api | None = None
-        self._looked: dict[str, float] = {}  # handle -> when its status was read last, monotonic
         self._seen: dict[str, tuple[float, Observation]] = {}  # handle -> what status saw last, and when
         self._logs: dict[str, LiveLog] = {}
         self._events: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # Job uid -> when read, its events
@@ -187,10 +185,7 @@ class KubernetesCompute:
 
     def _observe(self, api: Api, address: Address, handle: JobHandle) -> Observation:
         """From memory where somebody follows the job, else by two reads. Raises ApiError."""
-        now = time.monotonic()
-        followed = now - self._looked.get(handle.url, -FOLLOWED_WITHIN_S) < FOLLOWED_WITHIN_S
-        self._looked[handle.url] = now
-        if followed:
+        if VIEWS.followed(api, address.namespace, address.job):
             looked = VIEWS.view(api, address.namespace, address.job).look(address.job)
             if looked is not None:
                 job, pods, server_time = looked

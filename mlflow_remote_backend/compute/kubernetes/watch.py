@@ -24,6 +24,8 @@ RELIST_S = 15.0
 RELIST_MANY_S = 60.0  # from MANY objects on
 MANY = 50
 UNWATCHED_S = 3.0  # between lists where watching is not allowed
+FOLLOWED_WITHIN_S = 10.0  # a second look within this time begins a watch
+FEW = 4  # looks at more jobs than that begin one, too: one by one they may take longer than that time
 IDLE_S = 60.0  # a view that nobody looked at for so long ends
 BRIEF_S = 2.0  # a watch that ended sooner told nothing: lists have to, at this pace at most, until one lasts
 STALE_S = 45.0  # a view that got no answer for so long is not believed
@@ -196,7 +198,19 @@ class Views:
 
     def __init__(self) -> None:
         self._views: dict[tuple[int, str], View] = {}
+        self._looks: dict[tuple[int, str], dict[str, float]] = {}  # job -> when it was looked at last
         self._lock = threading.Lock()
+
+    def followed(self, api: Api, namespace: str, job: str) -> bool:
+        """Notes a look at a job. Whether it is worth a view: a second look at it soon after, or looks at several."""
+        now = time.monotonic()
+        with self._lock:
+            looks = self._looks.setdefault((id(api), namespace), {})
+            for stale in [each for each, at in looks.items() if now - at > FOLLOWED_WITHIN_S]:
+                del looks[stale]
+            again = job in looks
+            looks[job] = now
+            return again or len(looks) > FEW
 
     def view(self, api: Api, namespace: str, job: str) -> View:
         """A view that covers the job: of this one alone for the first, of all of ours from the second on."""
