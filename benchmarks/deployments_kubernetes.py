@@ -16,12 +16,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from mlflow.deployments import get_deploy_client
+sys.path[0] = str(Path(__file__).parent.parent)  # not this folder, where kubernetes.py would pass for the client
 
-from mlflow_remote_backend.deployment import config
-from mlflow_remote_backend.deployment.kubernetes.target import KubernetesTarget
-from mlflow_remote_backend.deployment.spec import DeploymentSpec
+from mlflow.deployments import get_deploy_client  # noqa: E402
+
+from mlflow_remote_backend.deployment import config  # noqa: E402
+from mlflow_remote_backend.deployment.kubernetes.target import KubernetesTarget  # noqa: E402
+from mlflow_remote_backend.deployment.spec import DeploymentSpec  # noqa: E402
 
 NAME = f"benchmark-{os.getpid()}"
 AFTER_S = 10.0
