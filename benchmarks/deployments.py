@@ -5,8 +5,9 @@
 first-answer  Wall seconds from starting the command to the first prediction by the published port, on Docker. Ours is
               `mlflow deployments create -t remote:/docker` with the environment cached; MLflow's is
               mlflow.models.build_docker(env_manager="local") and `docker run`, without nginx. Every round serves a new
-              version of the sample project's model; a first round, not counted, fills both caches (ours: the
-              environment; Docker's: the layer with MLflow itself). The bar is a ratio of 0.2.
+              version of the sample project's model. A first round fills both caches: ours with the environment,
+              Docker's with the layer that holds MLflow; that first build is shown by itself. The bar is a ratio of
+              0.2.
               --base-image is what build_docker starts from, and must be able to run `python -m pip install`.
 requests      Requests a second and their 99th percentile of one server on this machine, ours against
               `mlflow models serve --env-manager local` in the same environment, both writing their access log to a
@@ -84,6 +85,9 @@ def trained(folder: Path) -> Path:
 
 def first_answers(folder: Path, model: Path, options: argparse.Namespace) -> None:
     spent: dict[str, list[float]] = {"mlflow": [], "ours": []}
+    first_build = 0.0
+    if options.base_image:
+        options.base_image = unknown_to_the_build_cache(options.base_image)
     for number in range((options.rounds or 2) + 1):
         version = folder / f"version-{number}"
         shutil.copytree(model, version)
@@ -92,11 +96,23 @@ def first_answers(folder: Path, model: Path, options: argparse.Namespace) -> Non
             seconds = serve(folder, version, options)
             if number:
                 spent[case].append(seconds)
-            print(f"  {case} {seconds:.1f} s{'' if number else ' (fills the caches, not counted)'}", flush=True)
+            elif case == "mlflow":
+                first_build = seconds
+            print(f"  {case} {seconds:.1f} s{'' if number else ' (fills the caches)'}", flush=True)
+    subprocess.run(["docker", "rmi", f"{NAME}-base"], check=False, capture_output=True)
     of = {case: statistics.median(seconds) for case, seconds in spent.items()}
     print(f"{'first answer on Docker':<34} {'median s':>9} {'ratio':>7} {'bar':>6}")
-    print(f"{'build_docker and docker run':<34} {of['mlflow']:>9.2f} {1:>7.2f}")
+    print(f"{'build_docker, docker run: the first':<34} {first_build:>8.2f} {first_build / of['mlflow']:>7.2f}")
+    print(f"{'build_docker, docker run: later ones':<34} {of['mlflow']:>7.2f} {1:>7.2f}")
     print(f"{'mlflow deployments create':<34} {of['ours']:>9.2f} {of['ours'] / of['mlflow']:>7.3f} {0.2:>6}")
+
+
+def unknown_to_the_build_cache(base: str) -> str:
+    """The same image under another id, so that nothing that was built on it is found."""
+    made = f"{NAME}-base"
+    text = f"FROM {base}\nLABEL benchmark={NAME}\n".encode()
+    subprocess.run(["docker", "build", "--tag", made, "-"], input=text, check=True, capture_output=True)
+    return made
 
 
 def ours(folder: Path, version: Path, options: argparse.Namespace) -> float:
