@@ -213,13 +213,14 @@ class Views:
             return again or len(looks) > FEW
 
     def view(self, api: Api, namespace: str, job: str) -> View:
-        """A view that covers the job: of this one alone for the first, of all of ours from the second on."""
+        """A view that covers the job: of this one alone where no other is looked at, else of all of ours."""
         key = (id(api), namespace)
         with self._lock:
             self._drop_idle()
             held = self._views.get(key)
             if held is None:
-                held = self._views[key] = View(api, namespace, job)
+                alone = len(self._looks.get(key, ())) <= 1
+                held = self._views[key] = View(api, namespace, job if alone else "")
             elif held.job_name not in ("", job):
                 held.end()
                 held = self._views[key] = View(api, namespace)
