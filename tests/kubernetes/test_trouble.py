@@ -60,7 +60,7 @@ NEVER = [
 ]
 
 
-@pytest.mark.parametrize(("change", "options", "words"), NEVER, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "options", "words"), NEVER, ids=[words or "host path" for *_, words in NEVER])
 def test_what_can_never_run_is_refused_before_anything_exists(
     projects: Projects, namespace: Namespace, change: Callable[[Namespace], Any], options: Document, words: str
 ) -> None:
