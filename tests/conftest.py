@@ -80,13 +80,23 @@ def _processes(token: str) -> Iterator[tuple[int, str]]:
 def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """The test's own folders, set by environment variables. Whatever process it left is killed at the end."""
     home = Home(tmp_path_factory.mktemp("home"))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _default_hang_up():
         _isolate(patch, home, keep_configuration=request.node.get_closest_marker("registry") is not None)
         yield home
     _forget_mlflow_state()
     for pid in home.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _default_hang_up() -> Iterator[None]:
+    """Under ``nohup`` SIGHUP is ignored, by children too, and a shell cannot trap what was ignored when it started."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def _isolate(patch: pytest.MonkeyPatch, home: Home, *, keep_configuration: bool) -> None:

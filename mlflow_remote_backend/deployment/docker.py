@@ -412,6 +412,14 @@ def _free_port(host: str, taken: set[int]) -> int:
     raise ComputeError("No free port was found.", hint="Give one with service.port.")
 
 
+def _whole(name: str, data: bytes) -> bytes:
+    """The data as it is. Raises ValueError for JSON that is cut off, because a longer file took the place of the one
+    whose size stands in the archive."""
+    if name.endswith(".json"):
+        json.loads(data)
+    return data
+
+
 class DockerKeep:
     """A keeper's folder in a container."""
 
@@ -492,12 +500,12 @@ class DockerKeep:
         for _ in range(READ_ATTEMPTS):
             try:
                 found = copying.files(self.engine.copy_out(self.container, f"{FOLDER}/{name}"))
-                return b"".join(stream.read() for _, stream in found)
+                return _whole(name, b"".join(stream.read() for _, stream in found))
             except Refused as error:
                 if error.missing:
                     return None
                 raise
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 words = str(error)
         what = f"{name} of deployment {self._name} cannot be read out of its container."
         raise ComputeError(what, words=words, transient=True)

@@ -38,6 +38,7 @@ UPLOAD_LOOK_S = 0.5
 TELL_S = 0.2  # how late a change of phase may be told
 LOOK_S = 10.0  # at the run, plus up to half of it, so that many runs do not ask at once
 ATTEMPT_PATIENCE_S = 60.0  # for a tracking server that is away while a job of a queue starts
+CANCELLED_START_S = 10.0  # for a job that was cancelled while it started to start, and end, after all
 GONE_LOOKS = 2  # a run must be missing twice before its program is stopped
 
 EXIT_RETRY = 75  # EX_TEMPFAIL: another attempt is to follow; the rules of a Kubernetes Job look for it
@@ -248,9 +249,27 @@ def _attempt(spec: JobSpec, record: RunRecord, options: argparse.Namespace) -> i
 
 
 def _sidecar_alive(spool: Spool, told_to_end: Callable[[], bool]) -> Callable[[], bool]:
-    """Kubernetes ends a sidecar after the main container: from then on only a held lock says that execute lives."""
+    """Kubernetes ends a sidecar after the main container: from then on only a held lock says that execute lives.
+
+    Its one SIGTERM can come before anybody catches it. So a cancelled job that has not started by CANCELLED_START_S
+    later counts as told, too: an execute that comes after all finds the cancel and does not start.
+    """
     lock_held = _lock_held(spool)
-    return lambda: bool(spool.execute_lives()) if told_to_end() else lock_held()
+    never_starts = _NeverStarts(spool)
+    return lambda: bool(spool.execute_lives()) if told_to_end() or never_starts() else lock_held()
+
+
+class _NeverStarts:
+    """Whether a cancelled job has not started for CANCELLED_START_S since its cancel was first seen."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._by: float | None = None
+
+    def __call__(self) -> bool:
+        if self._by is None and self._spool.cancel_requested():
+            self._by = time.monotonic() + CANCELLED_START_S
+        return self._by is not None and time.monotonic() >= self._by and self._spool.started() is None
 
 
 def _exists(path: str) -> bool:

@@ -125,19 +125,22 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again():
     import io
     import tarfile
 
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w") as archive:
-        member = tarfile.TarInfo("state.json")
-        member.size = 2000
-        archive.addfile(member, io.BytesIO(b"x" * 2000))
+    def packed(content: bytes) -> bytes:
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as archive:
+            member = tarfile.TarInfo("state.json")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        return made.getvalue()
 
-    answers = [whole.getvalue()[:1000], whole.getvalue()]
+    content = json.dumps({"host": "x" * 2000}).encode()
+    answers = [packed(content)[:1000], packed(content[:-1]), packed(content)]
 
     class Torn:
         def copy_out(self, container: str, path: str):
             yield answers.pop(0)
 
-    assert DockerKeep(Torn(), "c", NAME, (0, 0)).read("state.json") == b"x" * 2000
+    assert DockerKeep(Torn(), "c", NAME, (0, 0)).read("state.json") == content
 
 
 @pytest.mark.docker

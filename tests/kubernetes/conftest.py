@@ -10,15 +10,14 @@ Images come by the environment, or are made once per session:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import REGISTRY, Document, Namespace, Tracking, own_addresses, until
+from namespaces import REGISTRY, Document, Namespace, Tracking, once_of_all_workers, own_addresses, until
 from tracking_server import TrackingServer, running_server
 
 from mlflow_remote_backend.compute.kubernetes import objects
@@ -62,18 +61,6 @@ def build_runner_image() -> str:
     built = image.build(IMAGE, f"{REGISTRY}/mlflow-remote-runner")
     assert built.digest
     return built.digest
-
-
-def once_of_all_workers(factory: pytest.TempPathFactory, name: str, make: Callable[[], str]) -> str:
-    """What ``make`` answers, asked once by all workers of pytest-xdist, where there are some."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return make()
-    answer = factory.getbasetemp().parent / name
-    with answer.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not answer.exists():
-            answer.write_text(make())
-        return answer.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import struct
@@ -36,8 +37,6 @@ def until(condition: Callable[[], Any], timeout_s: float = 60, what: str = "") -
 
 def own_addresses() -> list[str]:
     """IPv4 addresses of this machine's interfaces but loopback. Linux."""
-    import fcntl
-
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():
@@ -120,3 +119,15 @@ class Namespace:
         for pod in self.list("pods"):
             self.delete("pods", objects.name(pod), gracePeriodSeconds=0)
         self.api.delete(f"/api/v1/namespaces/{self.name}", {})
+
+
+def once_of_all_workers(factory: pytest.TempPathFactory, name: str, make: Callable[[], str]) -> str:
+    """What ``make`` answers, asked once by all workers of pytest-xdist, where there are some."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    answer = factory.getbasetemp().parent / name
+    with answer.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answer.exists():
+            answer.write_text(make())
+        return answer.read_text()

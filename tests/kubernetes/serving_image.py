@@ -46,8 +46,9 @@ def built(base: str, repository: str) -> str:
                 needs = " ".join(requirements())
                 (Path(folder) / "Dockerfile").write_text(DOCKERFILE.format(base=base, needs=needs))
                 client.images.build(path=folder, tag=tag, network_mode="none", rm=True)
-        client.images.push(repository, digest)
-        named = client.images.get(tag).attrs["RepoDigests"]
-        return next(each for each in named if each.startswith(f"{repository}@"))
+        said = list(client.api.push(repository, tag=digest, stream=True, decode=True))
+        assert not [each for each in said if "error" in each], said
+        (pushed,) = (each["aux"]["Digest"] for each in said if "Digest" in each.get("aux", {}))
+        return f"{repository}@{pushed}"
     finally:
         client.close()

@@ -147,13 +147,12 @@ def submit_until(step: int, projects: Projects, project: Path) -> subprocess.Com
 def test_a_submitter_killed_after_any_step_leaves_nothing_that_stays(
     projects: Projects, namespace: Namespace, mlflow_remote: Any
 ) -> None:
-    project = projects.make("echo ran")
-    whole = submit_until(0, projects, project)
+    whole = submit_until(0, projects, projects.make("echo ran"))
     steps = int(whole.stdout.split()[0])
     assert steps >= 8, whole.stderr
     ended(attach(whole.stdout.split()[1]))
-    for step in range(1, steps + 1):
-        killed = submit_until(step, projects, project)
+    for step in range(1, steps + 1):  # each with a snapshot of its own, which is stored
+        killed = submit_until(step, projects, projects.make(f"echo ran {step}"))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert all_owned(namespace), f"after step {step}"
     collected = mlflow_remote("gc")

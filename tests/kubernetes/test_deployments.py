@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -19,7 +20,7 @@ import yaml
 from deployment_contract import NAME, ONE, TargetContract
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
-from namespaces import REGISTRY, Namespace, until
+from namespaces import REGISTRY, Namespace, once_of_all_workers, until
 from served_models import Trained, toy, train
 from tracking_server import TrackingServer
 
@@ -33,10 +34,12 @@ pytestmark = [pytest.mark.kubernetes, pytest.mark.docker]
 
 
 @pytest.fixture(scope="session")
-def server_image(python_image: str) -> str:
-    """``MLFLOW_REMOTE_TEST_SERVING_IMAGE``, or one that is made here."""
-    return os.environ.get("MLFLOW_REMOTE_TEST_SERVING_IMAGE") or serving_image.built(
-        python_image, f"{REGISTRY}/mlflow-remote-test-serving"
+def server_image(python_image: str, runner_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``MLFLOW_REMOTE_TEST_SERVING_IMAGE``, or one that is made here, after the runner image: who builds that one
+    removes what other builds have half done."""
+    make = partial(serving_image.built, python_image, f"{REGISTRY}/mlflow-remote-test-serving")
+    return os.environ.get("MLFLOW_REMOTE_TEST_SERVING_IMAGE") or once_of_all_workers(
+        tmp_path_factory, "serving-image", make
     )
 
 

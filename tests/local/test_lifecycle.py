@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc as garbage
 import os
 import signal
 import subprocess
@@ -66,20 +65,31 @@ def is_alive(pid):
     return state != "Z"
 
 
+AFTER_A_DOWNLOAD = """
+import gc, sys, threading
+import mlflow
+with mlflow.start_run() as earlier:
+    mlflow.log_text("text", "file")
+gc.disable()  # so that the pool is surely still there
+mlflow.artifacts.download_artifacts(run_id=earlier.info.run_id, artifact_path="file", dst_path=sys.argv[2])
+assert threading.active_count() > 1
+run = mlflow.projects.run(
+    sys.argv[1], backend="remote", env_manager="local", synchronous=False, backend_config={"stream_output": False}
+)
+print(run.run_id)
+"""
+
+
 def test_a_submitter_that_has_downloaded_artifacts_still_forks(sqlite_tracking, make_project, tmp_path):
     """MLflow leaves a pool of idle threads behind for each download, until they are collected."""
-    with mlflow.start_run() as earlier:
-        mlflow.log_text("text", "file")
-    garbage.disable()  # so that the pool is surely still there
-    try:
-        mlflow.artifacts.download_artifacts(run_id=earlier.info.run_id, artifact_path="file", dst_path=str(tmp_path))
-        assert threading.active_count() > 1
-        run = submit(make_project("true"))
-    finally:
-        garbage.enable()
-    pid = until(lambda: folder_of(run).said().get("pid"), 60, "a supervisor")
-    command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    assert command == Path("/proc/self/cmdline").read_bytes()
+    project = waiting_project(make_project, tmp_path / "stop")
+    command = [sys.executable, "-c", AFTER_A_DOWNLOAD, project, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = attach(done.stdout.split()[-1])
+    until_logged(run, "before")
+    assert b"download_artifacts" in Path(f"/proc/{supervisor_pid(run)}/cmdline").read_bytes()  # as its submitter's
+    (tmp_path / "stop").touch()
     assert ended(run).status == "FINISHED"
 
 

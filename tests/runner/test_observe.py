@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -624,6 +625,20 @@ def test_the_sidecar_tells_the_log_by_frames_and_finalises(
     assert observer.message()["reason"] == "USER_ERROR"
     left = left_of(run, tmp_path)
     assert (left.status, left.tags["finalized"], left.log) == ("FAILED", "runner:pod-1", execution.log())
+
+
+def test_a_sidecar_whose_sigterm_was_lost_ends_a_cancelled_job_that_never_starts(tmp_path, monkeypatch, until) -> None:
+    monkeypatch.setattr(observe_module, "CANCELLED_START_S", 0.2)
+    spool = Spool(tmp_path)
+    alive = observe_module._sidecar_alive(spool, lambda: False)
+    assert alive()  # it waits for execute to start
+    spool.request_cancel()
+    assert alive()
+    until(lambda: not alive(), 5)
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert alive()  # it has started after all
 
 
 def test_a_sidecar_told_to_end_after_a_killed_program_finalises_at_once(
