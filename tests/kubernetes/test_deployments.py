@@ -235,7 +235,7 @@ def test_the_shipped_role_is_enough(client, make_model, namespace, tmp_path, mon
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("THE_TOKEN", "s3cret-token")
 
-    asked_for = {"token_env": "THE_TOKEN", "replicas": 2, "resources": {"cpu": 0.05}}
+    asked_for = {"token_env": "THE_TOKEN", "replicas": 2, "resources": {"cpu": 0.1}}
     wanted = {"autoscale": {"min": 2, "max": 3}, "ingress": {"host": "models.example.com"}}
     client.create_deployment(NAME, make_model("first"), config={**asked_for, **wanted})
     monkeypatch.delenv("THE_TOKEN")
