@@ -58,11 +58,13 @@ def supervisor_pid(run):
 
 
 def is_alive(pid):
+    """Until its last thread is dead: so long it holds its files, and its locks, though its first one is a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return state != "Z"
+    return state != "Z" or len(threads) > 1
 
 
 AFTER_A_DOWNLOAD = """
