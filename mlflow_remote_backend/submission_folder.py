@@ -95,7 +95,7 @@ def _is_dead(path: Path) -> bool:
     try:
         lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return not path.exists() or time.time() - path.stat().st_mtime > UNLOCKED_PATIENCE_S
+        return _unlocked_too_long(path)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -105,13 +105,37 @@ def _is_dead(path: Path) -> bool:
     return True
 
 
+def _unlocked_too_long(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > UNLOCKED_PATIENCE_S
+    except FileNotFoundError:
+        return True
+
+
 def sweep(root: Path | None = None) -> list[Path]:
     """Remove the folders of submissions that died, and return them."""
     parent = (root or state_root()) / "submissions"
-    dead = [path for path in parent.iterdir() if _is_dead(path)] if parent.is_dir() else []
-    for path in dead:
+    return [path for path in parent.iterdir() if _removed(path)] if parent.is_dir() else []
+
+
+def _removed(path: Path) -> bool:
+    """Remove the folder if its submission is dead. Its lock is held meanwhile: a maker that is about to take it then
+    finds it gone, and makes another one."""
+    try:
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        dead = _unlocked_too_long(path)
+        if dead:
+            shutil.rmtree(path, ignore_errors=True)
+        return dead
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)
-    return dead
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import mlflow
 import pytest
 from tracking_server import copy_database
 
-from mlflow_remote_backend import gc
+from mlflow_remote_backend import gc, submission_folder
 from mlflow_remote_backend.compute.local import LocalCompute
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
@@ -142,6 +142,18 @@ def test_a_supervisor_that_starts_anew_does_without_the_libraries_of_training(
     (tmp_path / "stop").touch()
     assert ended(run).status == "FINISHED"
     assert not [name for name in ("pandas", "numpy", "scipy", "sklearn") if name in loaded]
+
+
+def test_submitters_that_begin_at_once_never_take_each_others_folder_for_a_dead_ones(tmp_path):
+    def submit_often():
+        for _ in range(100):
+            with submission_folder.opened(tmp_path) as own:
+                (own.scratch / "archive").write_text("packed")
+
+    with ThreadPoolExecutor(8) as pool:
+        for each in [pool.submit(submit_often) for _ in range(8)]:
+            each.result()
+    assert not list((tmp_path / "submissions").iterdir())
 
 
 # -- the supervisor dies -----------------------------------------------------------------------------------------------
