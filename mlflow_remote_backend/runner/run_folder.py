@@ -24,6 +24,7 @@ import os
 import secrets as random_tokens
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,7 +146,7 @@ class RunFolder:
 
 def replace_text(path: Path, text: str) -> None:
     """Write the file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     beside.write_text(text)
     os.replace(beside, path)
 

@@ -30,6 +30,7 @@ import os
 import re
 import shlex
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,7 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Replace the file atomically; ``durable``: it survives a crash of the machine. Raises OSError."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")  # other threads may write it too
     with open(temporary, "w", encoding="ascii") as file:
         json.dump(value, file)
         if durable:

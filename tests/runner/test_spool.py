@@ -114,3 +114,27 @@ def test_readers_never_see_half_a_record(tmp_path: Path) -> None:
         looks += 1
     writer.join()
     assert looks
+
+
+def test_threads_that_write_at_once_leave_one_whole_record(tmp_path: Path) -> None:
+    """The supervisor tells of the image and of the project from two threads."""
+    path = tmp_path / "record.json"
+    failed: list[OSError] = []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(300):
+                write_json(path, {"text": text * 1000})
+        except OSError as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=[letter]) for letter in "abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not failed
+    record = read_json(path)
+    assert record is not None
+    assert len(record["text"]) == 1000
+    assert os.listdir(tmp_path) == ["record.json"]
