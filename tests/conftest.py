@@ -185,16 +185,6 @@ def _no_index() -> str:
     return "" if result.returncode == 0 else f"pip reaches no index: {result.stderr.strip()}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n 3 --dist loadgroup``: tests that count what is left on an engine have it to themselves. In a
-    cluster each has a namespace of its own, so that the files of one folder may run side by side."""
-    for item in items:
-        if item.get_closest_marker("docker") is not None:
-            item.add_marker(pytest.mark.xdist_group("docker"))
-        elif item.get_closest_marker("kubernetes") is not None:
-            item.add_marker(pytest.mark.xdist_group(f"kubernetes {item.nodeid.partition('[')[0].rpartition('::')[0]}"))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a test that needs what is not there; fails it where MLFLOW_REMOTE_TEST_REQUIRE says that it must be."""
     for need in ("docker", "kubernetes", "registry"):

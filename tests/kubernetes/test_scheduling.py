@@ -93,6 +93,24 @@ def test_all_that_the_options_ask_for_reaches_a_pod_that_runs(
     assert (objects.label(pod, "team"), objects.annotation(pod, "note")) == ("vision", "ünï")
 
 
+def test_a_pod_that_makes_room_for_a_more_important_one_is_told_so(
+    projects: Projects, namespace: Namespace, priority_class: str, node_with_gpus: str, shell_image: str
+) -> None:
+    script = "trap 'echo saved; exit 9' TERM; echo started; while :; do sleep 0.1; done"
+    run = projects.submit(projects.make(script), resources={"gpu": 2, "gpu_resource": GPU})
+    until(lambda: "started" in list(run.logs()), what="the program runs")
+    container = {"name": "main", "image": shell_image, "command": ["true"], "resources": {"limits": {GPU: "2"}}}
+    container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"priorityClassName": priority_class, "securityContext": security, "containers": [container]}
+    namespace.make("pods", {"kind": "Pod", "metadata": {"name": "important"}, "spec": spec})
+    assert run.wait() is False
+    view = run.view()
+    assert (view.status, view.tag("reason")) == ("FAILED", "PREEMPTED")
+    assert "room for one of higher priority" in view.tag("message")
+    assert stored_log(run.run_id).endswith(b"saved\n")
+
+
 # ------------------------------------------------------------------------------------------------------------- queue
 
 

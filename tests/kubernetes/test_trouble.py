@@ -12,7 +12,7 @@ import pytest
 from namespaces import REGISTRY, Namespace, until
 
 from mlflow_remote_backend.compute.kubernetes import objects
-from mlflow_remote_backend.submitted_run import RemoteExecutionException, RemoteSubmittedRun
+from mlflow_remote_backend.submitted_run import RemoteExecutionException, RemoteSubmittedRun, attach
 from mlflow_remote_backend.testing import Projects, artifact, ended, stored_log
 from mlflow_remote_backend.tracking import RunView
 
@@ -296,3 +296,24 @@ def test_an_evicted_pod_is_not_blamed_on_the_program(projects: Projects, namespa
     view = ended(run)
     assert view.status == "FAILED"
     assert view.tag("reason") in ("TERMINATED", "EVICTED")
+
+
+def test_a_namespace_deleted_under_a_run_ends_it(projects: Projects, namespace: Namespace) -> None:
+    run = running(projects, namespace, "trap 'echo saving; exit 9' TERM; while :; do sleep 0.1; done")
+    namespace.api.delete(f"/api/v1/namespaces/{namespace.name}", {})
+    assert run.wait() is False
+    view = run.view()
+    assert view.status == "FAILED"
+    assert view.tag("reason") in ("NAMESPACE_TERMINATING", "TERMINATED", "JOB_DELETED")
+    assert stored_log(run.run_id).startswith(b"started\n")
+
+
+def test_a_run_is_whole_after_kubernetes_removed_its_job(projects: Projects, namespace: Namespace) -> None:
+    template = {"apiVersion": "batch/v1", "kind": "Job", "spec": {"ttlSecondsAfterFinished": 0, "template": {}}}
+    brief = with_options(projects, pod_template=template)
+    run = brief.submit(brief.make("echo said; exit 3"))
+    until(lambda: not namespace.ours("jobs") and not namespace.ours("pods"), what="Kubernetes removes the Job")
+    view = ended(run)
+    assert (view.status, view.tag("reason"), view.tag("exit_code")) == ("FAILED", "USER_ERROR", "3")
+    assert stored_log(run.run_id) == b"said\n"
+    assert list(attach(run.run_id).logs(follow=True)) == ["said"]
