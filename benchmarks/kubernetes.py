@@ -328,11 +328,6 @@ def uploaded(place: Place) -> int:
 
 # --------------------------------------------------------------------------------------------------- against MLflow
 
-THEIRS = """
-import sys, json, mlflow.projects
-mlflow.projects.run(sys.argv[1], backend="kubernetes", build_image=True, synchronous=True,
-                    backend_config=json.loads(sys.argv[2]))
-"""
 TEMPLATE = """
 apiVersion: batch/v1
 kind: Job
@@ -383,13 +378,16 @@ def _ended(job: dict[str, Any]) -> bool:
 def _theirs(place: Place, project: Path) -> list[str]:
     template = place.folder / "template.yaml"
     template.write_text(TEMPLATE.replace("NAMESPACE", place.namespace))
-    config = {
+    document = {
         "kube-context": place.api.login.context,
         "kube-job-template-path": str(template),
         "repository-uri": place.arguments.repository,
     }
     os.environ["KUBE_MLFLOW_TRACKING_URI"] = place.backend_config()["tracking_uri"]
-    return [place.arguments.mlflow_python, "-c", THEIRS, str(project), json.dumps(config)]
+    config = place.folder / "theirs.json"
+    config.write_text(json.dumps(document))
+    options = ["-b", "kubernetes", "--build-image", "--backend-config", str(config)]
+    return [place.arguments.mlflow_python, "-m", "mlflow", "run", str(project), *options]
 
 
 def _ours(place: Place, project: Path) -> list[str]:

@@ -32,8 +32,8 @@ READ_TIMEOUT_S = 15.0
 PATIENCE_S = 30.0
 MAX_PAUSE_S = 20.0  # between two tries; a server's Retry-After may ask for more, up to MAX_RETRY_AFTER_S
 MAX_RETRY_AFTER_S = 60.0
-REQUESTS_PER_S = 30.0
-BURST = 60
+REQUESTS_PER_S = 25.0  # with the burst never more than 40 in one second
+BURST = 15
 LOGIN_TIMEOUT_S = 60.0  # a login plugin of the kubeconfig, which may wait for a person at a browser
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
