@@ -550,9 +550,29 @@ def _client(configuration: Any) -> Any:
     configuration.socket_options = _keep_alive()
     made = client.ApiClient(configuration)
     if configuration.verify_ssl:
-        own_authority = configuration.ssl_ca_cert or getattr(configuration, "ca_cert_data", None)
-        made.rest_client.pool_manager.connection_pool_kw["ssl_context"] = _tls(public=not own_authority)
+        public = not (configuration.ssl_ca_cert or getattr(configuration, "ca_cert_data", None))
+        made.rest_client.pool_manager.pool_classes_by_scheme = _pools(public=public)
     return dynamic.DynamicClient(made, discoverer=lambda client, cache_file: None)
+
+
+def _pools(*, public: bool) -> dict[str, Any]:
+    """Connection pools by scheme. ``public``: servers are verified by the machine's own authorities.
+
+    Every connection has a TLS context of its own: urllib3 loads the login's certificates into the context whenever it
+    connects, and one that other threads use meanwhile ends the process (OpenSSL's SSL_CTX may be shared only as long as
+    nobody changes it).
+    """
+    import urllib3
+
+    class Connection(urllib3.connection.HTTPSConnection):
+        def connect(self) -> None:
+            self.ssl_context = _tls(public=public)
+            super().connect()
+
+    class Pool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = Connection
+
+    return {"http": urllib3.HTTPConnectionPool, "https": Pool}
 
 
 def _tls(*, public: bool) -> Any:

@@ -1,0 +1,155 @@
+"""The connection to an API server that many threads share."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import ipaddress
+import json
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+THREADS, TIMES = 16, 50
+CLIENT = f"""
+import sys, threading
+from mlflow_remote_backend.compute.kubernetes.api import Api, Throttle
+
+api = Api.open(kubeconfig=sys.argv[1])
+api._throttle = Throttle(rate_per_s=1e6, burst=10**6)
+answers = []
+
+def ask():
+    for _ in range({TIMES}):
+        answers.append(api.get("/version", patience_s=0.0).body["gitVersion"])
+
+threads = [threading.Thread(target=ask) for _ in range({THREADS})]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(answers))
+"""
+
+
+class Authority:
+    """A certificate authority that lives as long as a test, and whom it signed."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+        self.certificate = self._signed("authority", self._key, authority=True)
+
+    def sign(self, name: str) -> tuple[bytes, bytes]:
+        """A certificate for 127.0.0.1 and its key, in PEM."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return self._signed(name, key), private
+
+    def _signed(self, name: str, key: ec.EllipticCurvePrivateKey, *, authority: bool = False) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(authority, None), critical=True)
+            .add_extension(here, critical=False)
+        )
+        return made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Ends each connection after one answer, so that every request connects anew."""
+
+    def do_GET(self) -> None:
+        content = json.dumps({"gitVersion": "v1.36.2"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Not of interest."""
+
+
+@contextlib.contextmanager
+def serving(tls: ssl.SSLContext) -> Iterator[int]:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 4 * THREADS
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            with tls.wrap_socket(request, server_side=True) as wrapped:
+                super().finish_request(wrapped, client_address)
+
+    server = Server(("127.0.0.1", 0), Answering)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def kubeconfig(tmp_path: Path) -> Iterator[Path]:
+    """Of a server that wants a client's certificate."""
+    authority = Authority()
+    for name in ("server", "user"):
+        certificate, key = authority.sign(name)
+        (tmp_path / f"{name}.crt").write_bytes(certificate)
+        (tmp_path / f"{name}.key").write_bytes(key)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    tls.load_verify_locations(cadata=authority.certificate.decode())
+    tls.verify_mode = ssl.CERT_REQUIRED
+
+    def encoded(content: bytes) -> str:
+        return base64.b64encode(content).decode()
+
+    with serving(tls) as port:
+        cluster = {
+            "server": f"https://127.0.0.1:{port}",
+            "certificate-authority-data": encoded(authority.certificate),
+        }
+        user = {
+            "client-certificate-data": encoded((tmp_path / "user.crt").read_bytes()),
+            "client-key-data": encoded((tmp_path / "user.key").read_bytes()),
+        }
+        document = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "clusters": [{"name": "here", "cluster": cluster}],
+            "users": [{"name": "here", "user": user}],
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "here"}}],
+        }
+        path = tmp_path / "kubeconfig"
+        path.write_text(json.dumps(document))
+        yield path
+
+
+def test_threads_that_connect_at_once_do_not_bring_the_process_down(kubeconfig: Path) -> None:
+    """They did while they shared a TLS context into which each loaded the client's certificate."""
+    command = [sys.executable, "-X", "faulthandler", "-c", CLIENT, str(kubeconfig)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, f"{THREADS * TIMES}\n"), done.stderr[-2000:]
