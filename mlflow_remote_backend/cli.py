@@ -113,6 +113,14 @@ def _add_image(image: argparse.ArgumentParser, common: argparse.ArgumentParser) 
     build = actions.add_parser("build", parents=[common], help="build it from a base image that has Python")
     build.add_argument("--base", metavar="IMAGE", help="the image to build on")
     build.add_argument("--push", default="", metavar="REPOSITORY", help="push it there and print its digest")
+    build.add_argument(
+        "--with",
+        dest="packages",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="what else it holds, as for pip, such as boto3 for artifacts in S3 (may be repeated)",
+    )
     build.set_defaults(verb=_image_build)
 
 
@@ -390,7 +398,8 @@ def _image_build(arguments: argparse.Namespace) -> int:
     from .follow import stderr_line
     from .runner import image
 
-    built = image.build(arguments.base or image.DEFAULT_BASE, arguments.push, say=stderr_line)
+    base = arguments.base or image.DEFAULT_BASE
+    built = image.build(base, arguments.push, packages=arguments.packages, say=stderr_line)
     _print(arguments, dataclasses.asdict(built), lambda: built.digest or built.tag)
     return OK
 

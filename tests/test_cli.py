@@ -10,7 +10,13 @@ import pytest
 
 from mlflow_remote_backend import cli
 
-pytestmark = pytest.mark.usefixtures("no_leftovers")
+pytestmark = pytest.mark.usefixtures("no_leftovers", "no_cluster")
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """Its client would keep certificate files until this process ends."""
+    monkeypatch.delenv("KUBECONFIG", raising=False)
 
 
 @pytest.fixture
@@ -157,7 +163,6 @@ def test_plan_refuses_what_a_run_would_refuse(sqlite_tracking, make_project, rem
 
 
 def test_doctor_names_what_works(sqlite_tracking, remote, monkeypatch):
-    monkeypatch.delenv("KUBECONFIG", raising=False)  # its client keeps certificate files until this process ends
     findings = {each["name"]: each for each in json.loads(remote("doctor", "--json")[1])}
     assert findings["mlflow"]["state"] == "ok"
     assert findings["tracking server"]["state"] == "ok"

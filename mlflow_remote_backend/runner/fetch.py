@@ -136,7 +136,8 @@ def _fetch_by_mlflow(uri: str, target: Path) -> None:
         raise JobError(
             f"Artifact {uri} cannot be fetched where the job runs.",
             words=f"{type(error).__name__}: {error}",
-            hint="The job needs the store's credentials, and its runner the store's client library.",
+            hint="The job needs the store's credentials, and its runner the store's client library: "
+            "`mlflow-remote image build --with boto3` makes a runner image with that of S3.",
             code="TRACKING_UNREACHABLE",
         ) from error
     finally:

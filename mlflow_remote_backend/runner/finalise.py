@@ -178,6 +178,7 @@ class _End:
             self._until -= min(LAST_CHANCE_S, job.spec.limits.finalize_timeout_s / 2)
         self._pending: list[str] = []
         self._lost: list[Problem] = []
+        self._told_why = False  # in an artifact of the run
         self._gave_up: RecordError | None = None
 
     def run(self) -> Outcome:
@@ -248,14 +249,16 @@ class _End:
         self._pending += [f"{each.name} ({each.why})" for each in problems if each.temporary]
         lost = [each for each in problems if not each.temporary]
         self._lost += lost
-        self._store_lines(NOT_STORED, [f"{each.name}: {each.why}" for each in lost])
+        self._store_lines(NOT_STORED, [f"{each.name}: {each.why}" for each in self._lost])
         self._store_lines(RENAMED, [f"{name} is stored as {stored}" for name, stored in uploads.renamed])
 
     def _store_lines(self, artifact: str, lines: list[str]) -> None:
+        def upload() -> None:
+            self._job.record.upload("".join(f"{each}\n" for each in lines).encode(), artifact)
+            self._told_why |= artifact == NOT_STORED
+
         if lines:
-            self._try(
-                artifact, lambda: self._job.record.upload("".join(f"{each}\n" for each in lines).encode(), artifact)
-            )
+            self._try(artifact, upload)
 
     # -- the run
 
@@ -334,9 +337,12 @@ class _End:
 
     def _tags(self) -> dict[str, str]:
         message = self._verdict.message
-        if self._lost:
-            first = ", ".join(each.name for each in self._lost[:3])
-            message += f" Not stored: {first}{', …' if len(self._lost) > 3 else ''}; {NOT_STORED} says why."
+        lost = [each.name for each in self._lost if each.name != NOT_STORED]
+        if ERROR in lost:  # which says more, where it can be stored
+            message = " ".join(filter(None, (message, self._verdict.words, self._verdict.hint)))
+        if lost:
+            why = f"{NOT_STORED} says why" if self._told_why else self._lost[0].why
+            message += f" Not stored: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}; {why}."
         tags = {"reason": self._verdict.reason.value, "message": message}
         if self._verdict.exit_code is not None:
             tags["exit_code"] = str(self._verdict.exit_code)

@@ -11,11 +11,12 @@ import base64
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,16 @@ class BuiltImage:
 
 
 def build(
-    base: str = DEFAULT_BASE, push: str = "", *, docker_url: str = "", say: Callable[[str], None] = lambda line: None
+    base: str = DEFAULT_BASE,
+    push: str = "",
+    *,
+    packages: Sequence[str] = (),
+    docker_url: str = "",
+    say: Callable[[str], None] = lambda line: None,
 ) -> BuiltImage:
     """Make the runner image from ``base`` and push it to the repository ``push`` if given. Blocks for some minutes.
+
+    ``packages``: what it shall hold beside what every runner needs, as for pip: an artifact store's client library.
 
     Raises ComputeError: no Docker engine, a base without a fitting Python or pip, a package that has no wheel, a push
     that the registry refuses.
@@ -99,9 +107,9 @@ def build(
         context = Path(folder)
         (context / "wheels").mkdir()
         say(f"gathering wheels for Python {target.python[0]}.{target.python[1]} on {target.machine}")
-        _gather(target, context / "wheels")
+        _gather(target, packages, context / "wheels")
         own_wheel = write_own_wheel(context / "wheels")
-        (context / "Dockerfile").write_text(dockerfile(base, own_wheel.name))
+        (context / "Dockerfile").write_text(dockerfile(base, own_wheel.name, packages))
         tag = f"{push or NAME}:{image_version(target)}"
         say(f"building {tag}")
         image_id = _build(docker, context, tag)
@@ -113,10 +121,10 @@ def image_version(target: Target) -> str:
     return f"{__version__}-py{target.python[0]}.{target.python[1]}"
 
 
-def dockerfile(base: str, own_wheel: str) -> str:
+def dockerfile(base: str, own_wheel: str, packages: Sequence[str] = ()) -> str:
     return _DOCKERFILE.format(
         base=base,
-        requirements=" ".join(f'"{each}"' for each in REQUIREMENTS),
+        requirements=shlex.join([*REQUIREMENTS, *packages]),
         own_wheel=own_wheel,
         code_variable=CODE_VARIABLE,
         code=code_digest(),
@@ -174,7 +182,7 @@ def _urlsafe_sha256(content: bytes) -> str:
 # ------------------------------------------------------------------------------------------------------------- wheels
 
 
-def _gather(target: Target, folder: Path) -> None:
+def _gather(target: Target, packages: Sequence[str], folder: Path) -> None:
     """Download what the runner needs, as wheels for the target. Raises ComputeError in pip's own words."""
     major, minor = target.python
     platforms = [word for platform in target.platforms for word in ("--platform", platform)]
@@ -184,7 +192,7 @@ def _gather(target: Target, folder: Path) -> None:
         *("--only-binary", ":all:", "--implementation", "cp", "--python-version", f"{major}.{minor}"),
         *platforms,
         *abis,
-        *REQUIREMENTS,
+        *(*REQUIREMENTS, "--", *packages),
     ]
     environ = {**os.environ, "PIP_NO_INPUT": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environ)
@@ -244,7 +252,8 @@ def _build(client: Any, context: Path, tag: str) -> str:
         client.images.prune(filters={"dangling": True, "label": f"{STAGE_LABEL}=build"})
         return str(client.images.get(tag).id)
     except docker.errors.DockerException as error:
-        raise ComputeError(f"Image {tag} cannot be built.", words=str(error)) from error
+        hint = "--push wants a repository, as REGISTRY/NAME." if "invalid reference format" in str(error) else ""
+        raise ComputeError(f"Image {tag} cannot be built.", words=str(error), hint=hint) from error
 
 
 def _push(client: Any, repository: str, tag: str, say: Callable[[str], None]) -> str:

@@ -264,6 +264,8 @@ def trouble_of(error: BaseException) -> Trouble:
             return Trouble.GONE
         if isinstance(each, OSError) and each.errno in _REFUSED_BY_FILE_SYSTEM:
             return Trouble.REFUSED
+        if isinstance(each, ImportError):  # the artifact store's client library is not here, and will not be
+            return Trouble.REFUSED
         status = _http_status(each)
         if status is not None:
             if status in _BY_HTTP_STATUS:

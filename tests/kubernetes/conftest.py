@@ -58,7 +58,7 @@ def runner_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 def build_runner_image() -> str:
     from mlflow_remote_backend.runner import image
 
-    built = image.build(IMAGE, f"{REGISTRY}/mlflow-remote-runner")
+    built = image.build(IMAGE, f"{REGISTRY}/mlflow-remote-runner", packages=["iniconfig>=2"])
     assert built.digest
     return built.digest
 

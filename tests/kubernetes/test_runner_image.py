@@ -42,7 +42,7 @@ def test_a_plain_python_image_becomes_a_runner(runner_image: str, client: Any) -
     )
     inside = json.loads(said)
     assert (inside["uid"], inside["own"], inside["code"]) == (4711, __version__, image.code_digest())
-    assert {"mlflow-skinny", "py-rattler", "uv"} <= set(inside["names"])
+    assert {"mlflow-skinny", "py-rattler", "uv", "iniconfig"} <= set(inside["names"])
     assert "mlflow" not in inside["names"]
     made = client.images.get(runner_image).attrs
     major, minor = inside["python"]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from execution import Execution, Starter
 from faults import FaultProxy, is_artifact
@@ -487,6 +488,22 @@ def test_a_file_that_is_too_large_for_the_server_is_named_and_the_others_are_sto
     assert left.artifacts["outputs/small"] == b"x\n"
     assert "outputs/big" in left.tags["message"]
     assert "200000 bytes" in left.artifacts["remote/outputs_not_stored.txt"].decode()
+
+
+def test_a_store_whose_client_library_is_missing_ends_the_run_soon_and_is_told_in_it(
+    sqlite_run: RunRef, start: Callable[..., Observed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("boto3", "botocore", "botocore.client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    client = mlflow.MlflowClient(sqlite_run.tracking_uri)
+    experiment = client.create_experiment("in an object store", artifact_location="s3://bucket/root")
+    info = client.create_run(experiment).info
+    there = RunRef(info.run_id, experiment, info.artifact_uri, sqlite_run.tracking_uri)
+    assert start(there, "echo lost; exit 3").ended().finalized
+    run = client.get_run(there.run_id)
+    assert (run.info.status, run.data.tags["mlflow_remote.reason"]) == ("FAILED", "USER_ERROR")
+    message = run.data.tags["mlflow_remote.message"]
+    assert "Not stored: the log, logs/error.txt; No module named 'botocore" in message
 
 
 # --------------------------------------------------------------------------------------------- attempts and models

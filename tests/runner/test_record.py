@@ -171,6 +171,17 @@ def test_a_run_that_never_was_is_gone(run: RunRef) -> None:
     assert {trouble(record, what) for what in ("log", "look", "end")} == {Trouble.GONE}
 
 
+def test_a_store_whose_client_library_is_missing_is_not_waited_for(
+    run: RunRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("boto3", "botocore", "botocore.client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    experiment = client(run).create_experiment("in an object store", artifact_location="s3://bucket/root")
+    info = client(run).create_run(experiment).info
+    there = RunRef(info.run_id, experiment, info.artifact_uri, run.tracking_uri)
+    assert trouble(RunRecord(there), "upload") is Trouble.REFUSED
+
+
 def test_a_locked_database_is_away(sqlite_run: RunRef) -> None:
     import sqlite3
 
