@@ -245,6 +245,8 @@ class FileTail:
                 return
             else:
                 time.sleep(0.1)
+        if data := self._read():  # what came before it was closed
+            yield data
 
     def _read(self) -> bytes:
         try:

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_remote_backend import cli
 from mlflow_remote_backend.deployment import calling, looking
 from mlflow_remote_backend.deployment.kept import KeptTarget
+from mlflow_remote_backend.deployment.local import FileTail
 from mlflow_remote_backend.deployment.server import keeper
 from mlflow_remote_backend.errors import ComputeError
 
@@ -239,3 +240,14 @@ def test_importing_the_plugin_is_cheap():
     program = "import sys, mlflow_remote_backend.deployment as d; print('mlflow' in sys.modules, dir(d))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False ['RemoteDeploymentClient', 'run_local', 'target_help']")
+
+
+def test_what_a_server_wrote_before_its_log_is_closed_is_still_shown(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"loading\n")
+    tail = FileTail(None, log, follow=True, tail=None)
+    shown = iter(tail)
+    assert next(shown) == b"loading\n"
+    log.write_bytes(b"loading\nstarted\n")
+    tail.close()
+    assert list(shown) == [b"started\n"]
