@@ -102,6 +102,7 @@ kill_program() { # SIGNAL, to all that is the program's
 }
 
 received() { # NUMBER NAME
+    signalled=$1
     comma=''
     [ ! -s "$spool/.signals" ] || comma=', '
     printf '%s{"signal": %s, "at": %s}' "$comma" "$1" "$(now)" >> "$spool/.signals"
@@ -146,6 +147,7 @@ ask_to_stop() { # WHY
 }
 
 on_term() {
+    signalled=15
     if [ -e "$spool/.wanted" ]; then
         stop "$(cat "$spool/.wanted")"
     else
@@ -226,10 +228,17 @@ printf '{"pid": %s, "token": "%s", "execute_pid": %s, "started_at": %s}' \
 ( trap '' HUP INT QUIT USR1 USR2; watch ) 9>&- > /dev/null 2>&1 &
 watcher=$!
 
-while :; do # a trap interrupts wait; only a program that was waited for is no process any more
+# A trap interrupts wait, which then answers 128 and the signal: it is asked again, and knows a program's status also when
+# that ended meanwhile. Should it have told already, and forgotten since (127), the first answer was the program's.
+code=''
+while :; do
+    signalled=''
     wait "$program"
-    code=$?
-    kill -0 "$program" 2>/dev/null || break
+    told=$?
+    [ "$told" != 127 ] || [ -z "$code" ] || [ "$code" = "$interrupted" ] || break
+    code=$told
+    [ -n "$signalled" ] || break
+    interrupted=$((128 + signalled))
 done
 ended=1 ended_at=$(now) ended_up=$(uptime_s)
 
