@@ -162,7 +162,7 @@ def test_plan_refuses_what_a_run_would_refuse(sqlite_tracking, make_project, rem
     assert "double quotes" in err
 
 
-def test_doctor_names_what_works(sqlite_tracking, remote, monkeypatch):
+def test_doctor_names_what_works(sqlite_tracking, remote):
     findings = {each["name"]: each for each in json.loads(remote("doctor", "--json")[1])}
     assert findings["mlflow"]["state"] == "ok"
     assert findings["tracking server"]["state"] == "ok"
