@@ -701,15 +701,15 @@ def exit_code(status: int) -> int:
 
 
 def hold_lock(folder: str) -> int:
-    """Hold ``folder/lock`` as long as this process lives: its release tells of our death, however that came."""
-    descriptor = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Hold ``folder/lock`` as long as this process lives: its release tells of our death, however that came.
+
+    It has that name only once it is held: whoever looks in between would take us for dead.
+    """
+    beside = os.path.join(folder, ".lock")
+    descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     with suppress(OSError):  # a file system without locks: others must learn it in another way
-        for _ in range(1000):  # somebody may just be looking whether we live
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.001)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(beside, os.path.join(folder, "lock"))
     return descriptor
 
 

@@ -187,8 +187,8 @@ record() { # EXIT_CODE ERROR
 mkdir -p "$spool/log"
 rm -f "$spool/.pipe" "$spool/.drained" "$spool/.signals" "$spool/.killed" "$spool/.wanted" "$spool/.grace_ends"
 if command -v flock > /dev/null 2>&1; then
-    exec 9> "$spool/lock"
-    flock 9 # who looks holds it for an instant only
+    exec 9> "$spool/.lock"
+    flock 9 && mv -f "$spool/.lock" "$spool/lock" # under its name only once it is held: else we would pass for dead
 fi
 [ -z "$env_stdin" ] || eval "$(cat)"
 token=$(cat /proc/sys/kernel/random/uuid 2>/dev/null || echo "$$-$(now)")

@@ -126,16 +126,18 @@ class _Watch:
         alive = self._alive()
         if self._phase is Phase.PREPARING and self._job.spool.started() is not None:
             self._enter(Phase.RUNNING)
-        return self._recorded_end() or not (alive or self._exit_comes())
+        return self._recorded_end() or not (alive or self._comes_back())
 
-    def _exit_comes(self) -> bool:
-        """Whether the last record of an execute, or prepare, that is gone still arrives."""
+    def _comes_back(self) -> bool:
+        """Whether an execute, or prepare, that seemed gone is not. If it is, its last record may still come."""
         until = time.monotonic() + LAST_WORDS_S
         if self._phase is Phase.PREPARING and self._job.spool.cancel_requested():
             until = 0.0  # it would tell nothing new
-        while not (ended := self._recorded_end()) and time.monotonic() < until:
+        while not self._recorded_end() and time.monotonic() < until:
             time.sleep(POLL_S)
-        return ended
+            if self._alive():
+                return True
+        return False
 
     def _recorded_end(self) -> bool:
         prepared = self._job.spool.prepared() if self._phase is Phase.PREPARING else None

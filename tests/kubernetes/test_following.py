@@ -65,6 +65,7 @@ def test_a_log_stream_that_breaks_again_and_again_shows_each_line_once(
 ) -> None:
     proxy.fail("GET", LOG, fault, times=12)
     run = wait(projects, counting(1000, 0.002))
+    assert run.get_status() == "FINISHED"
     assert shown(capsys) == expected(1000)
     assert stored_log(run.run_id).decode().splitlines() == expected(1000)
     assert proxy.count("GET", LOG) > 2

@@ -297,6 +297,16 @@ def test_a_disk_that_takes_no_more_makes_the_program_wait_and_loses_nothing(
     assert execution.log() == (execute_py.folder / "data").read_bytes()
 
 
+def test_an_execute_that_starts_never_passes_for_a_dead_one(execute: Starter) -> None:
+    """An observer may look at any moment: between the lock's file and the lock there must be none."""
+    for _ in range(10):
+        execution = execute("exit 0")
+        while (lives := execution.spool.execute_lives()) is None:
+            assert execution.process.poll() is None
+        assert lives
+        execution.wait()
+
+
 def test_when_execute_is_killed_its_lock_tells_and_the_log_has_all_until_then(
     execute_py: Starter, until: Callable[..., Any]
 ) -> None:

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,6 +278,16 @@ def test_a_program_killed_with_its_runner_is_failed_and_its_log_is_kept(
     left = left_of(run, tmp_path)
     assert (left.status, left.tags["reason"]) == ("FAILED", "KILLED_BY_SYSTEM")
     assert left.log.endswith(b"1000\nstarted\n")  # and the fixture looks for the program that execute left behind
+
+
+def test_a_program_whose_runner_seemed_dead_for_a_moment_is_watched_to_its_end(
+    sqlite_run: RunRef, start: Callable[..., Observed], tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    observed = start(sqlite_run, "sleep 4; echo end", alive=lambda: not 0.5 < time.monotonic() - begin < 1.0)
+    observed.ended()
+    left = left_of(sqlite_run, tmp_path)
+    assert (left.status, left.log) == ("FINISHED", b"end\n")
 
 
 # ------------------------------------------------------------------------------------------------------- stopping
