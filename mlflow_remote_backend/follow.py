@@ -194,15 +194,14 @@ class StoredLog:
         """Attempt, offset and bytes of what is stored from the cursor on. Blocks while parts are fetched."""
         at = Cursor(cursor.attempt, cursor.offset)
         for part in self._tracking.log_index(self._run_id):
-            attempt, start, length = int(part.get("attempt", 0)), int(part["offset"]), int(part["length"])
-            if attempt > at.attempt:
-                at = Cursor(attempt, 0)
-            if attempt < at.attempt or start + length <= at.offset:
+            if part.attempt > at.attempt:
+                at = Cursor(part.attempt, 0)
+            if part.attempt < at.attempt or part.end <= at.offset:
                 continue
-            data = self._tracking.read_artifact(self._run_id, str(part["path"])) or b""
-            fresh = data[at.offset - start :] if at.offset > start else data
-            yield attempt, max(at.offset, start), fresh
-            at.offset = start + len(data)
+            data = self._tracking.read_artifact(self._run_id, part.path) or b""
+            fresh = data[max(at.offset - part.offset, 0) :]
+            yield part.attempt, max(at.offset, part.offset), fresh
+            at.offset = part.offset + len(data)
 
 
 class Interrupts:
@@ -274,9 +273,7 @@ class Follower:
                 self._leave(pump)
                 raise
             if pump is not None:
-                with contextlib.suppress(RemoteError):
-                    pump.finish()
-                self._end_display()
+                self._finish(pump)
             return self._with_known_cause(view)
 
     def _with_known_cause(self, view: RunView) -> RunView:
@@ -304,6 +301,13 @@ class Follower:
         )
         pump.start()
         return pump
+
+    def _finish(self, pump: LogPump) -> None:
+        try:
+            pump.finish()
+        except RemoteError as error:
+            self._say(f"the log ends here, its rest cannot be read now: {error} (mlflow-remote logs {self.run_id})")
+        self._end_display()
 
     def _leave(self, pump: LogPump | None) -> None:
         if pump is not None:

@@ -313,7 +313,7 @@ def last_lines(tracking: Tracking, run_id: str, count: int) -> list[str]:
     """The last lines of the stored log: only as many parts are fetched as they need."""
     data = b""
     for part in reversed(tracking.log_index(run_id)):
-        data = (tracking.read_artifact(run_id, str(part["path"])) or b"") + data
+        data = (tracking.read_artifact(run_id, part.path) or b"") + data
         if data.count(b"\n") > count:
             break
     return [line.decode(errors="replace") for line in data.splitlines()[-count:]]

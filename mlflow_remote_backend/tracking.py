@@ -7,7 +7,6 @@ minutes: calls are bounded by CALL_TIMEOUT_S and CALL_RETRIES, which only apply 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from .errors import RequestError, TrackingError
 from .job import Diagnosis, Phase, Reason, RunRef, final_status
 from .project import redact_url
+from .runner.parts import INDEX, Part, load_index
 from .runner.record import Trouble, trouble_of, words_of
 
 PREFIX = "mlflow_remote."
@@ -280,10 +280,9 @@ class Tracking:
             path = self.call(f"reading {name}", lambda: self.client.download_artifacts(run_id, name, target))
             return Path(path).read_bytes()
 
-    def log_index(self, run_id: str) -> list[dict[str, Any]]:
-        """The parts of the stored log: ``logs/index.json``. Empty until the first part is stored."""
-        raw = self.read_artifact(run_id, "logs/index.json")
-        return list(json.loads(raw).get("parts", [])) if raw else []
+    def log_index(self, run_id: str) -> list[Part]:
+        """The parts of the stored log. Empty until the first one is stored, and while the index is being replaced."""
+        return load_index(self.read_artifact(run_id, INDEX))
 
     # -- looking, and ending -------------------------------------------------------------------------------------------
 

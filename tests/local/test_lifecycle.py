@@ -373,3 +373,14 @@ def test_a_spawned_supervisor_holds_the_lock_whatever_its_number(tmp_path):
     """Otherwise whoever looks before it has said anything takes it for dead."""
     done = subprocess.run([sys.executable, "-c", HAND_OVER, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [f"{number} True" for number in range(3, 12)], done.stderr
+
+
+def test_an_index_of_the_log_that_is_half_written_is_as_good_as_none(sqlite_tracking, make_project):
+    """A store may replace an artifact in place: whoever reads it then gets half of it."""
+    run = submit(make_project("echo something"))
+    run.wait()
+    index = mlflow.artifacts.load_text(f"runs:/{run.run_id}/logs/index.json")
+    mlflow.MlflowClient().log_text(run.run_id, index[: len(index) // 2], "logs/index.json")
+    assert list(attach(run.run_id).logs()) == []
+    mlflow.MlflowClient().log_text(run.run_id, index, "logs/index.json")
+    assert list(attach(run.run_id).logs()) == ["something"]
