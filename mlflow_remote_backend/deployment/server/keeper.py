@@ -352,11 +352,21 @@ def limit_log() -> None:
         pass
 
 
+def take_lock(path: str) -> bool:
+    """Hold the lock as long as we live. False: another keeper does; somebody who only looks holds it for an instant."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    for _ in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(TICK_S)
+    os.close(lock)
+    return False
+
+
 def main(folder: str) -> int:
-    lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not take_lock(os.path.join(folder, "lock")):
         say("another keeper holds this deployment")
         return 1
     try:
