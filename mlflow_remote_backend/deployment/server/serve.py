@@ -11,6 +11,7 @@ itself, so ``X-MLflow-Remote-Token: TOKEN`` does as well. The token is read from
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hmac
 import logging
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 WATCH_S = 0.5
 BACKLOG = 1024
 OPEN_PATHS = ("/ping", "/health", "/version")
+#: How long a connection that was accepted may take to send its request when this server ends, at least and at most.
+LINGER_S = (0.1, 1.0)
 #: How long a connection may be idle: longer than proxies keep theirs (Go's and the API server's 90 s, nginx and load
 #: balancers 60 s), or a request may be sent into one that is being closed here.
 KEEP_ALIVE_S = {False: 5, True: 120}
@@ -67,6 +70,31 @@ def application(model: str, token: str) -> Any:
 
     made = scoring_server.init(scoring_server.load_model_with_mlflow_config(model))
     return Guard(made, token) if token else made
+
+
+def patient_server(config: Any) -> Any:
+    """uvicorn's server, but for its end: that would close each connection on which no request has come yet, also those
+    that were accepted a moment ago and whose request is on its way. Here nothing more is accepted, and whoever is
+    connected has LINGER_S to send a request, and learns from the answer that the connection ends.
+    """
+    import uvicorn
+
+    class PatientServer(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for server in self.servers:
+                server.close()
+            for each in sockets or []:
+                each.close()
+            logging.getLogger("uvicorn.error").info("No more connections are accepted")
+            self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+            least_s, most_s = LINGER_S
+            deadline = time.monotonic() + most_s
+            await asyncio.sleep(least_s)  # what was accepted is no connection yet for some turns of the loop
+            while self.server_state.connections and time.monotonic() < deadline:
+                await asyncio.sleep(WATCH_S / 10)
+            await super().shutdown(sockets)
+
+    return PatientServer(config)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -118,7 +146,7 @@ def main(argv: list[str]) -> int:
     )
     if asked.behind_proxies:
         logging.getLogger("uvicorn.access").addFilter(WithoutProbes())
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd) for fd in asked.fd])
+    patient_server(config).run(sockets=[socket.socket(fileno=fd) for fd in asked.fd])
     return 0
 
 
