@@ -17,8 +17,19 @@ from mlflow.projects.submitted_run import SubmittedRun
 from . import compute as computes
 from . import submission_folder
 from .compute.base import Compute, JobHandle
-from .errors import ComputeError, Detached, RemoteError, RequestError, RunFailed
-from .follow import Follower, Log, afterwards, hopeless, is_vague, refine, request_cancel, settle, stderr_line
+from .errors import ComputeError, Detached, RemoteError, RequestError, RunFailed, TrackingError
+from .follow import (
+    STORED_PAUSE_S,
+    Follower,
+    Log,
+    afterwards,
+    hopeless,
+    is_vague,
+    refine,
+    request_cancel,
+    settle,
+    stderr_line,
+)
 from .job import Diagnosis, Phase, Reason
 from .tracking import RunView, Tracking
 
@@ -232,16 +243,23 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
             yield held.decode(errors="replace")
 
     def log_bytes(self, follow: bool = False) -> Iterator[bytes]:
-        """The program's output in pieces, byte for byte, one attempt after the other. ``follow`` as in ``logs``."""
+        """The program's output in pieces, byte for byte, one attempt after the other. ``follow`` as in ``logs``; a
+        tracking server that is away is waited for then."""
         log = Log(self._tracking, self._run_id, self._compute, self._handle)
+        pause_s = 0.5 if self._compute is not None else STORED_PAUSE_S
         while True:
-            ended = not follow or self.view().ended
-            yield from log.live(follow=not ended)
-            if ended or self._compute is None:
-                yield from log.stored()
-            if ended:
-                return
-            time.sleep(0.5 if self._compute is not None else 5.0)
+            ended = not follow
+            try:
+                ended = ended or self.view().ended
+                yield from log.live(follow=not ended)
+                if ended or self._compute is None:
+                    yield from log.stored()
+                if ended:
+                    return
+            except TrackingError as error:
+                if not follow or not error.transient:
+                    raise
+            time.sleep(pause_s)
 
     def get_metrics(self) -> dict[str, float]:
         """The latest value of each metric."""

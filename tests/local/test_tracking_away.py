@@ -12,6 +12,7 @@ import mlflow
 import pytest
 from faults import fault_proxy, is_api, is_artifact
 
+from mlflow_remote_backend import submitted_run
 from mlflow_remote_backend.errors import TrackingError
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
@@ -112,6 +113,27 @@ def test_who_waits_goes_on_waiting_and_is_right_in_the_end(server, waiting):
     waiter.join(90)
     assert answers == [False]
     assert run.reason == "USER_ERROR"
+
+
+@pytest.mark.parametrize("where", ["where it runs", "elsewhere"])
+def test_who_follows_the_log_gets_each_line_once_across_an_outage(server, waiting, where, monkeypatch):
+    monkeypatch.setattr(submitted_run, "STORED_PAUSE_S", 0.5)
+    project, stop = waiting
+    run = attach(submit(project).run_id)
+    if where == "elsewhere":
+        run._compute = None
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(run.logs(follow=True)))
+    reader.start()
+    until(lambda: attach(run.run_id).view().tag("phase") == "running", 60, "running")
+    server.refuse()
+    time.sleep(10)  # longer than one call of ours is repeated
+    stop.touch()
+    until_ended(run)
+    assert reader.is_alive()
+    server.listen()
+    reader.join(90)
+    assert lines == ["before", "after"]
 
 
 def test_a_server_that_stays_away_leaves_the_end_to_the_next_look(server, waiting):
