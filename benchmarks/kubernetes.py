@@ -138,11 +138,7 @@ def row(name: str, seconds: list[float], bar: str = "") -> float:
 def first_lines(place: Place) -> None:
     """From the call to the first line of the log at the caller."""
     rounds = place.arguments.rounds
-    containers = {"name": "main", "image": place.arguments.runner_image, "command": ["sh", "-c", "echo hello"]}
-    bare = {"restartPolicy": "Never", "containers": [containers]}
-    observe = {**containers, "name": "observe", "restartPolicy": "Always", "command": ["sh", "-c", WAITING]}
-    prepare = {**containers, "name": "prepare", "command": ["true"]}
-    empty = {**bare, "initContainers": [observe, prepare]}
+    bare, empty = raw_pods(place)
     row("bare Job, first line, s", [raw_job(place, bare) for _ in range(rounds)])
     three = row("three empty containers, first line, s", [raw_job(place, empty) for _ in range(rounds)])
     project = place.project("echo hello")
@@ -153,13 +149,27 @@ def first_lines(place: Place) -> None:
     figure("ours beyond three empty containers, s", f"{ours - three:.2f}", "1.5")
 
 
-def raw_job(place: Place, pod: dict[str, Any]) -> float:
-    """Seconds from creating a Job to its first line, followed as well as can be."""
+def raw_pods(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A pod of one container, and one of our three that do nothing."""
+    main = {"name": "main", "image": place.arguments.runner_image, "command": ["sh", "-c", "echo hello"]}
+    bare = {"restartPolicy": "Never", "containers": [main]}
+    observe = {**main, "name": "observe", "restartPolicy": "Always", "command": ["sh", "-c", WAITING]}
+    prepare = {**main, "name": "prepare", "command": ["true"]}
+    return bare, {**bare, "initContainers": [observe, prepare]}
+
+
+def create_raw(place: Place, pod: dict[str, Any]) -> str:
     name = f"raw-{uuid.uuid4().hex[:8]}"
     labelled = {"metadata": {"labels": {"raw": name}}, "spec": {**pod, "terminationGracePeriodSeconds": 5}}
-    start = time.perf_counter()
     spec = {"backoffLimit": 0, "template": labelled}
     place.api.create(place.jobs, {"kind": "Job", "metadata": {"name": name}, "spec": spec})
+    return name
+
+
+def raw_job(place: Place, pod: dict[str, Any]) -> float:
+    """Seconds from creating a Job to its first line, followed as well as can be."""
+    start = time.perf_counter()
+    name = create_raw(place, pod)
     pods = f"/api/v1/namespaces/{place.namespace}/pods"
     while True:
         found, _ = place.api.items(pods, labelSelector=f"raw={name}")
@@ -168,6 +178,17 @@ def raw_job(place: Place, pod: dict[str, Any]) -> float:
         time.sleep(0.04)  # below our own limit of requests
     log = f"{pods}/{objects.name(found[0])}/log"
     next(iter(place.api.stream(log, read_timeout_s=30, container="main", follow="true")))
+    took = time.perf_counter() - start
+    place.api.delete(f"{place.jobs}/{name}", {"propagationPolicy": "Background"})
+    return took
+
+
+def raw_job_to_its_end(place: Place, pod: dict[str, Any]) -> float:
+    """Seconds from creating a Job to its end as the cluster tells it."""
+    start = time.perf_counter()
+    name = create_raw(place, pod)
+    while not _ended(place.api.get(f"{place.jobs}/{name}").body):
+        time.sleep(0.05)
     took = time.perf_counter() - start
     place.api.delete(f"{place.jobs}/{name}", {"propagationPolicy": "Background"})
     return took
@@ -353,6 +374,19 @@ def against_mlflow(place: Place) -> None:
     theirs = row("MLflow's own backend, to the Job's end, s", [changed(place, project, _theirs) for _ in range(3)])
     ours = row("ours, to the Job's end, s", [changed(place, project, _ours) for _ in range(3)])
     figure("ours against MLflow", f"{ours / theirs:.2f}", "0.7")
+    bare, empty = raw_pods(place)
+    row("of it: a bare Job, from creation to its end, s", [raw_job_to_its_end(place, bare) for _ in range(3)])
+    row("of it: three empty containers, the same, s", [raw_job_to_its_end(place, empty) for _ in range(3)])
+    row(
+        "of it: the start of `mlflow`, s",
+        [command_takes([sys.executable, "-m", "mlflow", "--version"]) for _ in range(3)],
+    )
+
+
+def command_takes(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
 
 
 def changed(place: Place, project: Path, command: Any) -> float:
