@@ -8,7 +8,8 @@ Uses the cluster that KUBECONFIG names, in a namespace of its own, and a trackin
 reach at ADDRESS (default: the address from which this machine speaks to a node). Without a runner image one is made
 and pushed to the registry on 127.0.0.1:5000. "Bare" is a Job of one container; "empty" has our three containers doing
 nothing. MLflow's own kubernetes backend needs client 36 and Docker: PYTHON is one of an environment that has MLflow and
-that client, and REPOSITORY is where its images are pushed; without them that table is left out.
+that client, and REPOSITORY is where its images are pushed; without them that table is left out. Below it stands what
+nobody can save: the start of `mlflow`, and the cluster's own time to the end of a Job that does nothing.
 """
 
 from __future__ import annotations

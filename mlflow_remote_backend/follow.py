@@ -306,7 +306,9 @@ class Follower:
         try:
             pump.finish()
         except RemoteError as error:
-            self._say(f"the log ends here, its rest cannot be read now: {error} (mlflow-remote logs {self.run_id})")
+            self._say(
+                f"the log's end may be missing, it cannot be read now: {error} (mlflow-remote logs {self.run_id})"
+            )
         self._end_display()
 
     def _leave(self, pump: LogPump | None) -> None:

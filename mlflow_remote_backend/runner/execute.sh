@@ -228,8 +228,8 @@ printf '{"pid": %s, "token": "%s", "execute_pid": %s, "started_at": %s}' \
 ( trap '' HUP INT QUIT USR1 USR2; watch ) 9>&- > /dev/null 2>&1 &
 watcher=$!
 
-# A trap interrupts wait, which then answers 128 and the signal: it is asked again, and knows a program's status also when
-# that ended meanwhile. Should it have told already, and forgotten since (127), the first answer was the program's.
+# A trap interrupts wait, which then answers 128 and the signal: it is asked again, and knows a program's status also
+# when that ended meanwhile. Should it have told already, and forgotten since (127), the first answer was the program's.
 code=''
 while :; do
     signalled=''

@@ -5,7 +5,8 @@
     command.json               prepare -> execute: :class:`Command`
     command.sh                 the same for ``execute.sh``
     prepare.json               prepare -> observe: :class:`Prepared`; written when prepare has ended, well or not
-    lock                       held (flock) by ``execute.py`` as long as it lives: its death is seen however it came
+    lock                       held (flock) by ``execute.py`` as long as it lives: its death is seen however it came;
+                               ``.lock`` until it is held, so that nobody takes a starting one for dead
     started.json               execute: :class:`Started`
     vitals.json                execute, each second: :class:`Vitals`
     exit.json                  execute, last: :class:`ExitRecord`

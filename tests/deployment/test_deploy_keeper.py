@@ -3,6 +3,7 @@ keep its protocol (``--fd`` sockets); the real one is in the other files."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -206,8 +207,8 @@ def refused(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except ConnectionRefusedError:
         return True
-    except ConnectionResetError:  # it is being closed at this very moment
-        return False
+    except ConnectionResetError:
+        pass  # it is being closed at this very moment
     return False
 
 
@@ -217,6 +218,16 @@ def test_what_ends_as_an_orphan_is_collected_and_the_exit_codes_of_servers_are_k
     while own.returncode is None or Path(f"/proc/{other}").exists():
         keeper.reap([own])
     assert own.returncode == 7
+
+
+def test_a_keeper_waits_for_somebody_who_only_looks_whether_one_lives(bench):
+    with (bench.folder / "lock").open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        bench.start()
+        with pytest.raises(subprocess.TimeoutExpired):
+            bench.process.wait(0.5)
+    bench.want(1)
+    bench.serving(1)
 
 
 def test_a_taken_port_is_said(bench, tmp_path):

@@ -75,4 +75,4 @@ def test_a_connection_on_which_nothing_comes_does_not_hold_the_end_up(server):
     with socket.create_connection(address, timeout=20) as connection:
         answer(connection)
         end(process)
-        assert process.wait(serve.LINGER_S[1] + 10) in (0, -signal.SIGTERM)
+        assert process.wait(serve.LINGER_S + 10) in (0, -signal.SIGTERM)

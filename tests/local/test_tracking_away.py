@@ -122,18 +122,43 @@ def test_who_follows_the_log_gets_each_line_once_across_an_outage(server, waitin
     run = attach(submit(project).run_id)
     if where == "elsewhere":
         run._compute = None
+    look, failures = run.view, []
+
+    def view():
+        try:
+            return look()
+        except TrackingError as error:
+            failures.append(error)
+            raise
+
+    monkeypatch.setattr(run, "view", view)
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(run.logs(follow=True)))
     reader.start()
     until(lambda: attach(run.run_id).view().tag("phase") == "running", 60, "running")
     server.refuse()
-    time.sleep(10)  # longer than one call of ours is repeated
+    until(lambda: failures, 60, "a look that fails")
     stop.touch()
     until_ended(run)
     assert reader.is_alive()
     server.listen()
     reader.join(90)
     assert lines == ["before", "after"]
+
+
+def test_a_log_whose_end_cannot_be_read_is_said(sqlite_tracking, make_project, monkeypatch, capsys):
+    run = mlflow.projects.run(
+        str(make_project("echo all")), backend="remote", env_manager="local", synchronous=False, backend_config={}
+    )
+
+    def away(self, run_id):
+        raise TrackingError("The store is away.")
+
+    monkeypatch.setattr(Tracking, "log_index", away)
+    assert run.wait()
+    shown = capsys.readouterr()
+    assert shown.out == "all\n"  # its machine had all of it
+    assert "the log's end may be missing, it cannot be read now: The store is away." in shown.err
 
 
 def test_a_server_that_stays_away_leaves_the_end_to_the_next_look(server, waiting):

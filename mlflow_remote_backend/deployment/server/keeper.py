@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 TICK_S = 0.05
+LOOK_S = 1.0  # somebody who looks whether a keeper lives is done by then
 PROBE_S = 2.0  # for one answer of a server that is about to serve
 BACKLOG = 1024
 LOG_BYTES = 16 * 1024 * 1024  # at which a log file of ours is put aside, once
@@ -355,14 +356,16 @@ def limit_log() -> None:
 def take_lock(path: str) -> bool:
     """Hold the lock as long as we live. False: another keeper does; somebody who only looks holds it for an instant."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for _ in range(20):
+    deadline = time.monotonic() + LOOK_S
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError:
+            if time.monotonic() > deadline:
+                os.close(lock)
+                return False
             time.sleep(TICK_S)
-    os.close(lock)
-    return False
 
 
 def main(folder: str) -> int:

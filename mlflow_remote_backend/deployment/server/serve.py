@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 WATCH_S = 0.5
 BACKLOG = 1024
 OPEN_PATHS = ("/ping", "/health", "/version")
-#: How long a connection that was accepted may take to send its request when this server ends, at least and at most.
-LINGER_S = (0.1, 1.0)
+LINGER_S = 1.0  # how long a connection that was accepted may take to send its request when this server ends
+LINGER_TICK_S = 0.1  # also the least, since what was accepted is no connection yet for some turns of the loop
 #: How long a connection may be idle: longer than proxies keep theirs (Go's and the API server's 90 s, nginx and load
 #: balancers 60 s), or a request may be sent into one that is being closed here.
 KEEP_ALIVE_S = {False: 5, True: 120}
@@ -87,12 +87,11 @@ def patient_server(config: Any) -> Any:
                 each.close()
             logging.getLogger("uvicorn.error").info("No more connections are accepted")
             self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
-            least_s, most_s = LINGER_S
-            deadline = time.monotonic() + most_s
-            await asyncio.sleep(least_s)  # what was accepted is no connection yet for some turns of the loop
+            deadline = time.monotonic() + LINGER_S
+            await asyncio.sleep(LINGER_TICK_S)
             while self.server_state.connections and time.monotonic() < deadline:
-                await asyncio.sleep(WATCH_S / 10)
-            await super().shutdown(sockets)
+                await asyncio.sleep(LINGER_TICK_S)
+            await super().shutdown()
 
     return PatientServer(config)
 
