@@ -344,6 +344,9 @@ class _End:
             why = f"{NOT_STORED} says why" if self._told_why else self._lost[0].why
             message += f" Not stored: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}; {why}."
         tags = {"reason": self._verdict.reason.value, "message": message}
+        prepared = self._job.spool.prepared()
+        if prepared is not None and prepared.image:
+            tags["image"] = prepared.image
         if self._verdict.exit_code is not None:
             tags["exit_code"] = str(self._verdict.exit_code)
         return tags

@@ -123,10 +123,11 @@ class ExitRecord:
 @dataclass(frozen=True)
 class Prepared:
     """How prepare ended. ``failed``: ``{"reason", "message", "words", "hint"}`` or None. ``seconds``: by stage, for the
-    metrics ``remote/seconds_<stage>``."""
+    metrics ``remote/seconds_<stage>``. ``image``: what the program runs in, where only preparing it told."""
 
     failed: Mapping[str, str] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    image: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -177,6 +177,34 @@ def test_a_built_image_is_pushed_and_found_again(make_job, bench, client, regist
 
 
 @pytest.mark.usefixtures("tracking", "no_leftovers")
+def test_the_run_knows_the_image_built_for_it(bench, make_project, python_image, registry, built_images) -> None:
+    import mlflow
+
+    bench.python_env("needed")
+    files = {"python_env.yaml": (bench.project / "python_env.yaml").read_bytes()}
+    project = make_project("python -c 'import needed'", files=files, python_env="python_env.yaml")
+    run = mlflow.projects.run(
+        str(project),
+        backend="remote",
+        synchronous=False,
+        backend_config={
+            "compute": "docker",
+            "stream_output": False,
+            "docker": {
+                "image": python_image,
+                "network": "host",
+                "build": True,
+                "repository": f"{registry}/team/{uuid.uuid4().hex[:8]}",
+            },
+            "environment": {"index_url": bench.index.url},
+        },
+    )
+    assert run.wait(), run.view().tag("message")
+    (made,) = built_images(bench.python_env("needed").lock())
+    assert made["RepoDigests"][0].rpartition("@")[2] == run.view().tag("image")
+
+
+@pytest.mark.usefixtures("tracking", "no_leftovers")
 @pytest.mark.parametrize("declared", ["conda", "python_env"])
 def test_a_project_runs_in_its_environment_from_one_call(bench, make_project, python_image, volume, declared) -> None:
     import mlflow

@@ -96,7 +96,7 @@ def look_up(engine: Engine, name: str, *, pull: str, platform: str, auth: Mappin
     found = None if pull == "always" else engine.image(name)
     if found is not None:
         image = Image.from_inspect(found)
-        return Known(image.id, image.digest or image.id)
+        return Known(image.id, image.identity)
     if pull == "never":
         raise _refused(diagnosis.of_pull(name, "not found on the engine, and docker.pull is never"))
     try:

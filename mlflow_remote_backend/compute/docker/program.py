@@ -22,7 +22,7 @@ from ...job import JobSpec, Reason
 from ...runner import supervise
 from ...runner.prepare import Place
 from ...runner.run_folder import RunFolder
-from ...runner.spool import Command, Spool, secrets_script, write_json
+from ...runner.spool import Command, Prepared, Spool, secrets_script, write_json
 from ...runner.supervise import Running, Start
 from . import copying, diagnosis, images, reach, request, scripts, users
 from .engine import Connection, Endpoint, Engine, Refused, registry_auth
@@ -91,6 +91,8 @@ class DockerProgram:
         python = ""
         if self._environment is not None:
             site, python = dataclasses.replace(site, image=self._environment.image), self._environment.python
+        spool = Spool(folder.spool)
+        spool.write_prepared(dataclasses.replace(spool.prepared() or Prepared(), image=site.image.identity))
         made = _container(spec, site, start.environ, python)
         folder.say("starting", f"creating container {made.name}")
         secrets = {**_copied(spec, start.environ), **_usable(spec, start.program_secrets)}

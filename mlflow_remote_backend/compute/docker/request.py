@@ -55,6 +55,11 @@ class Image:
     environment: tuple[str, ...] = ()
     architecture: str = ""
 
+    @property
+    def identity(self) -> str:
+        """What to know it by in the run's record, whatever its tag says later."""
+        return self.digest or self.id
+
     @classmethod
     def from_inspect(cls, found: Mapping[str, Any]) -> Image:
         config = found.get("Config") or {}
