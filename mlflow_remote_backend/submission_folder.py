@@ -10,16 +10,17 @@ and the next submission removes the scratch of dead ones.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import secrets as random_tokens
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import file_lock
 from .errors import ComputeError
 from .runner.run_folder import machine_id, state_root
 
@@ -55,6 +56,7 @@ def opened(root: Path | None = None) -> Iterator[SubmissionFolder]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)  # Windows removes no file that is open
 
 
 def _make(parent: Path) -> tuple[Path, int]:
@@ -70,10 +72,10 @@ def _make(parent: Path) -> tuple[Path, int]:
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the lock, or None where somebody removed the file meanwhile. Blocks."""
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except FileNotFoundError:
         return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    file_lock.wait_for_lock(lock)
     with contextlib.suppress(FileNotFoundError):
         if os.stat(path).st_ino == os.fstat(lock).st_ino:
             return lock
@@ -92,17 +94,8 @@ def lives(owner: str, root: Path | None = None) -> bool | None:
 
 
 def _is_dead(path: Path) -> bool:
-    try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return _unlocked_too_long(path)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(lock)
-    return True
+    held = file_lock.is_held(path / "lock")
+    return _unlocked_too_long(path) if held is None else not held
 
 
 def _unlocked_too_long(path: Path) -> bool:
@@ -122,20 +115,17 @@ def _removed(path: Path) -> bool:
     """Remove the folder if its submission is dead. Its lock is held meanwhile: a maker that is about to take it then
     finds it gone, and makes another one."""
     try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(path / "lock", os.O_RDWR)
     except FileNotFoundError:
         dead = _unlocked_too_long(path)
+    else:
+        dead = file_lock.try_lock(lock)
         if dead:
             shutil.rmtree(path, ignore_errors=True)
-        return dead
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        return False
-    finally:
         os.close(lock)
-    return True
+    if dead:
+        shutil.rmtree(path, ignore_errors=True)  # Windows removes no file that is open
+    return dead
 
 
 @contextlib.contextmanager
@@ -149,5 +139,6 @@ def only_one(submission_id: str, root: Path | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if sys.platform != "win32":  # there it is open, and cannot be removed
+            path.unlink(missing_ok=True)
         os.close(lock)

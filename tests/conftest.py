@@ -1,8 +1,9 @@
 """Fixtures for every test.
 
 Each test runs in an environment of its own: no ``MLFLOW_*`` variable from outside, its own home, state, cache and
-temporary folders, which carry a token by which processes that outlive the test are found. ``KUBECONFIG`` and Docker's
-variables stay. The tests never reach for a network, but for those marked ``registry``, ``docker`` or ``kubernetes``.
+temporary folders, which carry a token by which processes that outlive the test are found. Docker's variables stay, and
+``KUBECONFIG`` for tests marked ``kubernetes``. The tests never reach for a network, but for those marked ``registry``,
+``docker`` or ``kubernetes``.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     home = Home(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch, _default_hang_up():
         _isolate(patch, home, keep_configuration=request.node.get_closest_marker("registry") is not None)
+        if request.node.get_closest_marker("kubernetes") is None:
+            patch.delenv("KUBECONFIG", raising=False)  # else gc looks there, and the client keeps the login in files
         yield home
     _forget_mlflow_state()
     for pid in home.processes():

@@ -6,8 +6,8 @@ Their job is a run folder (``runner/run_folder.py``) and the supervisor that hol
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ class SupervisedCompute:
 
     def check_machine(self, spec: JobSpec) -> None:
         """Raises where no supervisor could live here, or the spec wants what no supervisor does."""
-        if os.name != "posix":
+        if sys.platform == "win32":
             raise ComputeError(f"compute: {self.name} needs Linux or macOS.", hint="Use compute: kubernetes here.")
         if spec.retry.max_attempts > 1:
             raise ConfigError(f"retry is not possible with compute: {self.name}.", key="retry", hint="Leave retry out.")

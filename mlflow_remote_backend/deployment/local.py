@@ -7,7 +7,6 @@ It ends with the machine: after a restart its state is ``stopped``, and an updat
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import file_lock
 from ..errors import ComputeError, ConfigError
 from ..runner import run_folder
 from ..submission import FORWARDED, Narrator
@@ -99,10 +99,8 @@ class LocalTarget(KeptTarget):
     def changing(self, name: str) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self.root / f".{name}.changing").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise being_changed(name) from None
+            if not file_lock.try_lock(file.fileno()):
+                raise being_changed(name)
             try:
                 yield
             finally:
@@ -171,17 +169,7 @@ class LocalKeep:
 
     def alive(self) -> bool:
         """The kernel's word: a keeper holds its lock as long as it lives."""
-        try:
-            descriptor = os.open(self._folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return bool(file_lock.is_held(self._folder / "lock"))
 
     def log(self, *, follow: bool, tail: int | None) -> FileTail:
         return FileTail(self, self._folder / "log", follow=follow, tail=tail)

@@ -20,8 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from .. import file_lock
 
 #: Seconds between renewals of a lease, and without one until it counts as abandoned.
 BEAT_S = 5.0
@@ -120,10 +119,7 @@ def hold(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda:
 @contextlib.contextmanager
 def _flock(path: Path, tell: Callable[[], None]) -> Iterator[bool]:
     """The file system's lock; yields False where it has none."""
-    if sys.platform == "win32":
-        yield False
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield _lock(descriptor, tell)
     finally:
@@ -133,20 +129,15 @@ def _flock(path: Path, tell: Callable[[], None]) -> Iterator[bool]:
 @contextlib.contextmanager
 def sharing(path: Path, *, alone: bool = False) -> Iterator[bool]:
     """The block runs while others may share ``path``, or with ``alone`` while nobody does. False: not to be had."""
-    if sys.platform == "win32":
-        yield False
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            if not alone:
-                os.utime(path)  # the last time that somebody needed what it guards
-            yield True
+        locked = False
+        with contextlib.suppress(OSError):
+            locked = file_lock.try_lock(descriptor, shared=not alone)
+        if locked and not alone:
+            os.utime(path)  # the last time that somebody needed what it guards
+        yield locked
     finally:
         os.close(descriptor)
 
@@ -154,13 +145,12 @@ def sharing(path: Path, *, alone: bool = False) -> Iterator[bool]:
 def _lock(descriptor: int, tell: Callable[[], None]) -> bool:
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            if file_lock.try_lock(descriptor):
+                return True
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 return False
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+            raise
         tell()
         time.sleep(_POLL_S)
 
@@ -204,6 +194,8 @@ def _dead(holder: dict[str, str], *, alone: bool) -> bool:
         return False
     if alone:
         return True
+    if sys.platform == "win32":  # where the next call would end a process
+        return False
     try:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:

@@ -19,7 +19,6 @@ by default ``~/.local/state/mlflow-remote``. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets as random_tokens
 import shutil
@@ -30,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import file_lock
 from ..errors import ComputeError
 from ..job import JobSpec
 from . import envelope
@@ -114,31 +114,20 @@ class RunFolder:
 
     def try_lock(self) -> int | None:
         """A descriptor that holds the lock, or None: a supervisor lives, or the folder is gone."""
-        while (descriptor := self._flock(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)) is None:
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            return None
+        while not file_lock.try_lock(descriptor):
             if self.supervised() or not self.exists():
+                os.close(descriptor)
                 return None
             time.sleep(0.001)  # somebody was just looking whether a supervisor lives
         return descriptor
 
     def supervised(self) -> bool:
         """Whether a supervisor of ours lives: the kernel's word, immune to reused process ids."""
-        descriptor = self._flock(os.O_RDONLY, fcntl.LOCK_SH)  # shared, so that two who look do not fool each other
-        if descriptor is None:
-            return self.lock.exists()
-        os.close(descriptor)
-        return False
-
-    def _flock(self, flags: int, kind: int) -> int | None:
-        try:
-            descriptor = os.open(self.lock, flags | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return bool(file_lock.is_held(self.lock))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -36,6 +35,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .. import file_lock
 
 SEGMENT_BYTES = 8 * 1024 * 1024
 
@@ -218,19 +219,9 @@ class Spool:
     def execute_lives(self) -> bool | None:
         """Whether ``execute.py`` holds its lock. None: it has not started, or runs where no lock is possible."""
         try:
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            return file_lock.is_held(self.path / "lock")
         except OSError:
             return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return None
-        else:
-            return False
-        finally:
-            os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------------------------- log

@@ -13,17 +13,17 @@ from .spool import ExitRecord, Prepared, Vitals
 NEAR_LIMIT = 0.9
 
 _SIGNAL_WORDS = {
-    signal.SIGSEGV: "segmentation fault",
-    signal.SIGABRT: "abort",
-    signal.SIGBUS: "bus error",
-    signal.SIGFPE: "arithmetic error",
-    signal.SIGILL: "illegal instruction",
-    signal.SIGTERM: "termination requested",
-    signal.SIGINT: "interrupt",
-    signal.SIGPIPE: "broken pipe",
-    signal.SIGHUP: "hangup",
-    signal.SIGUSR1: "user signal 1",
-    signal.SIGUSR2: "user signal 2",
+    "SIGSEGV": "segmentation fault",
+    "SIGABRT": "abort",
+    "SIGBUS": "bus error",
+    "SIGFPE": "arithmetic error",
+    "SIGILL": "illegal instruction",
+    "SIGTERM": "termination requested",
+    "SIGINT": "interrupt",
+    "SIGPIPE": "broken pipe",
+    "SIGHUP": "hangup",
+    "SIGUSR1": "user signal 1",
+    "SIGUSR2": "user signal 2",
 }
 _EXIT_WORDS = {
     126: "a command was found but cannot be executed: no execute permission, or not for this machine",
@@ -96,7 +96,7 @@ def _failed(exit_record: ExitRecord, limits: Limits) -> Verdict:
     if code == 128 + signal.SIGKILL:
         return _killed(exit_record)
     number = code - 128
-    if exit_record.signal is not None or (number in _signal_numbers() and number in _SIGNAL_WORDS):
+    if exit_record.signal is not None or _signal(number) in _SIGNAL_WORDS:
         name = _signal_name(exit_record.signal or number)
         return Verdict(Reason.USER_ERROR, f"The program was ended by signal {name}, exit code {code}.", code)
     explained = f": {_EXIT_WORDS[code]}" if code in _EXIT_WORDS else ""
@@ -170,16 +170,18 @@ def _near(use: int | None, limit: int | None) -> bool:
     return bool(use and limit and use >= limit * NEAR_LIMIT)
 
 
-def _signal_numbers() -> set[int]:
-    return {int(each) for each in signal.Signals}
+def _signal(number: int) -> str:
+    """The signal's name; empty for a number that is none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
 
 
 def _signal_name(number: int) -> str:
-    if number not in _signal_numbers():
-        return str(number)
-    name = signal.Signals(number)
+    name = _signal(number)
     words = _SIGNAL_WORDS.get(name)
-    return f"{name.name} ({words})" if words else name.name
+    return f"{name} ({words})" if words else name or str(number)
 
 
 def _of(limit: int | None) -> str:

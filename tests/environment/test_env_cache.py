@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from bench import Bench
 
+from mlflow_remote_backend import file_lock
 from mlflow_remote_backend.environment import activation, cache, lease, materialise
 
 DAY_S = 86400.0
@@ -234,10 +235,10 @@ def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     monkeypatch.setattr(lease, "STALE_S", 1.0)
     if request.param == "no flock":
 
-        def unsupported(descriptor: int, operation: int) -> None:
+        def unsupported(descriptor: int, *, shared: bool = False) -> bool:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-        monkeypatch.setattr(lease.fcntl, "flock", unsupported)
+        monkeypatch.setattr(file_lock, "try_lock", unsupported)
     return str(request.param)
 
 
