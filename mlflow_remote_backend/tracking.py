@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from .errors import RequestError, TrackingError
 from .job import Diagnosis, Phase, Reason, RunRef, final_status
 from .project import redact_url
+from .runner.call_limits import limited
 from .runner.parts import INDEX, Part, load_index
 from .runner.record import Trouble, trouble_of, words_of
 
@@ -115,7 +115,7 @@ class Tracking:
         self, doing: str, action: Callable[[], T], *, timeout_s: int = CALL_TIMEOUT_S, retries: int = CALL_RETRIES
     ) -> T:
         """Run ``action`` with our time limits. Raises TrackingError: ``doing`` says what was tried."""
-        with _bounded_calls(timeout_s, retries):
+        with limited(timeout_s, retries):
             try:
                 return action()
             except Exception as error:
@@ -432,39 +432,3 @@ def _unanswered(error: BaseException, words: str, status: int) -> bool:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
     network = any(isinstance(each, (requests.RequestException, OSError)) for each in chain)
     return network or any(each in words for each in _UNANSWERED) or status in (429, 502, 503, 504)
-
-
-_LIMITS = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")
-_limits_lock = threading.Lock()
-_limits_in_use: list[tuple[int, int]] = []
-_limits_before: dict[str, str | None] = {}
-
-
-@contextlib.contextmanager
-def _bounded_calls(timeout_s: int, retries: int) -> Iterator[None]:
-    """MLflow reads its limits from the environment at each call, and takes them in no other way: ours stand there only
-    while a call of ours runs. Where several run, the longest timeout and the fewest retries count for all."""
-    own = (timeout_s, retries)
-    with _limits_lock:
-        if not _limits_in_use:
-            _limits_before.update({name: os.environ.get(name) for name in _LIMITS})
-        _limits_in_use.append(own)
-        _set_limits()
-    try:
-        yield
-    finally:
-        with _limits_lock:
-            _limits_in_use.remove(own)
-            _set_limits()
-
-
-def _set_limits() -> None:
-    limits = dict(_limits_before)
-    if _limits_in_use:
-        longest_s, fewest = max(each[0] for each in _limits_in_use), min(each[1] for each in _limits_in_use)
-        limits = dict(zip(_LIMITS, (str(fewest), str(longest_s), "1"), strict=True))
-    for name, value in limits.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from ..errors import ComputeError
 from ..job import JobSpec
 from ..runner import run_folder
+from ..runner.call_limits import users_environ
 from ..runner.prepare import Place
 from ..runner.run_folder import RunFolder
 from ..runner.spool import Spool
@@ -69,7 +70,7 @@ class LocalCompute(SupervisedCompute):
         return f"local://{run_folder.machine_id(self.root)}/{spec.run.run_id}"
 
     def submit(self, request: Request, secrets: Secrets) -> JobHandle:
-        self.start(request, Start(dict(os.environ), secrets.program, os.getcwd()))
+        self.start(request, Start(users_environ(), secrets.program, os.getcwd()))
         return JobHandle(self.handle_url(request.spec), request.spec.submission_id)
 
     def handle_of(self, folder: RunFolder) -> JobHandle:

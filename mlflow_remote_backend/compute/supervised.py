@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import ComputeError, ConfigError
 from ..job import Diagnosis, JobSpec, JobStatus, LogChunk, Phase, Reason
 from ..runner import run_folder
+from ..runner.call_limits import users_environ
 from ..runner.run_folder import RunFolder
 from ..runner.spool import Spool, SpoolReader
 from ..runner.supervise import Start, start_detached
@@ -119,7 +120,7 @@ class SupervisedCompute:
         lock = folder.try_lock()
         if lock is not None:
             folder.count_recovery()
-            start_detached(folder, lock, self.program, Start(dict(os.environ), recovery=True))
+            start_detached(folder, lock, self.program, Start(users_environ(), recovery=True))
         return True
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from .. import file_lock
 from ..errors import ComputeError, ConfigError
 from ..runner import run_folder
+from ..runner.call_limits import users_environ
 from ..submission import FORWARDED, Narrator
 from . import calling
 from .kept import KEEPER_START_S, File, KeptTarget, Software, being_changed, name_taken
@@ -64,7 +65,7 @@ class LocalTarget(KeptTarget):
         return ["resources are not limited by the compute local: a process has what the machine has."] if limits else []
 
     def software(self, spec: DeploymentSpec, watcher: Watcher) -> Software:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD)}
+        own = {name: value for name, value in users_environ().items() if not name.startswith(_WITHHELD)}
         if not spec.environment.lock_key:
             return Software(sys.executable, own)
         from ..environment import activation, cache, materialise

@@ -12,7 +12,6 @@ through the tracking server (:func:`survives_fork`).
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import os
@@ -29,6 +28,7 @@ from typing import Any, TypeVar
 
 from ..errors import TrackingError
 from ..job import RunRef
+from .call_limits import limited
 
 PREFIX = "mlflow_remote."
 MAX_TAG_CHARS = 5000  # the smallest limit of servers in use (MLflow 2.x); 8000 since MLflow 3
@@ -101,7 +101,7 @@ class RunRecord:
             return self._client
 
     def _call(self, doing: str, action: Callable[[Any], T], timeout_s: int = CALL_TIMEOUT_S) -> T:
-        with _bounded_calls(timeout_s):
+        with limited(timeout_s, CALL_RETRIES):
             try:
                 return action(self._connect())
             except Exception as error:
@@ -323,47 +323,6 @@ def words_of(error: BaseException) -> str:
 
 def cut(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
-
-
-# ------------------------------------------------------------------------------------------------- MLflow's settings
-
-_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_settings_lock = threading.Lock()
-_timeouts_in_use: list[int] = []
-_settings_before: dict[str, str | None] = {}
-
-
-@contextlib.contextmanager
-def _bounded_calls(timeout_s: int) -> Iterator[None]:
-    """MLflow reads its time limits from the environment at each request, and takes them in no other way.
-
-    Ours stand there only while a call of ours runs; where several run, the longest timeout counts for all.
-    """
-    with _settings_lock:
-        if not _timeouts_in_use:
-            ours = {
-                "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(CALL_RETRIES),
-                "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            }
-            _settings_before.update({name: os.environ.get(name) for name in (*ours, _TIMEOUT)})
-            os.environ.update(ours)
-        _timeouts_in_use.append(timeout_s)
-        os.environ[_TIMEOUT] = str(max(_timeouts_in_use))
-    try:
-        yield
-    finally:
-        with _settings_lock:
-            _timeouts_in_use.remove(timeout_s)
-            if not _timeouts_in_use:
-                _restore(_settings_before)
-
-
-def _restore(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 # -------------------------------------------------------------------------------------------------------------- forks

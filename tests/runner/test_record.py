@@ -267,21 +267,15 @@ def test_backoff_grows_up_to_its_bound_and_differs() -> None:
 # ------------------------------------------------------------------------------------------------- the environment
 
 
-def test_mlflows_own_limits_are_as_the_user_set_them_outside_our_calls(
-    sqlite_run: RunRef, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    record = RunRecord(sqlite_run)
+def test_a_call_has_limits_of_its_own(sqlite_run: RunRef) -> None:
     inside: dict[str, str | None] = {}
 
     def look(client: Any) -> None:
         for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
             inside[name] = os.environ.get(name)
 
-    record._call("looking", look, timeout_s=123)
+    RunRecord(sqlite_run)._call("looking", look, timeout_s=123)
     assert inside == {"MLFLOW_HTTP_REQUEST_TIMEOUT": "123", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
-    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 def test_threads_that_come_first_all_at_once_all_succeed(sqlite_run: RunRef) -> None:

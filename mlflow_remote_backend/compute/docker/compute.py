@@ -23,6 +23,7 @@ from ...environment.platforms import linux_platform
 from ...errors import ComputeError, ConfigError, ProjectError
 from ...job import JobSpec, JobStatus, LogChunk, Phase
 from ...runner import run_folder
+from ...runner.call_limits import users_environ
 from ...runner.run_folder import RunFolder
 from ...runner.supervise import Start
 from ..base import JobHandle, Request, Secrets
@@ -162,7 +163,7 @@ class DockerCompute(SupervisedCompute):
         }
         bound = dataclasses.replace(request_, spec=dataclasses.replace(spec, options=pinned))
         auth = {key: value for key, value in secrets.runner.items() if key == AUTH_VARIABLE}
-        self.start(bound, Start({**os.environ, **auth}, secrets.program, os.getcwd()))
+        self.start(bound, Start({**users_environ(), **auth}, secrets.program, os.getcwd()))
         uid = f"{run_folder.machine_id(self.root)}/{spec.submission_id}"
         return JobHandle(self.handle_url(spec), uid, known.digest)
 
