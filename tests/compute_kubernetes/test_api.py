@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import ipaddress
 import json
+import os
 import ssl
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from mlflow_remote_backend.compute.kubernetes.api import Api, Login
+from mlflow_remote_backend.errors import ComputeError
 
 THREADS, TIMES = 16, 50
 CLIENT = f"""
@@ -153,3 +157,57 @@ def test_threads_that_connect_at_once_do_not_bring_the_process_down(kubeconfig: 
     command = [sys.executable, "-X", "faulthandler", "-c", CLIENT, str(kubeconfig)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, f"{THREADS * TIMES}\n"), done.stderr[-2000:]
+
+
+# ------------------------------------------------------------------------------------------------------- which cluster
+
+
+def test_another_cluster_is_refused_each_time(kubeconfig: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ComputeError, match=r"another cluster, at https://prod\.example\.com"):
+            Api.shared(kubeconfig=str(kubeconfig), context="here", server="https://prod.example.com")
+
+
+def test_a_cluster_of_the_same_address_is_another_one(kubeconfig: Path) -> None:
+    login = Api.open(kubeconfig=str(kubeconfig)).login
+    wanted = {"kubeconfig": str(kubeconfig), "context": "here", "server": login.server}
+    assert login.authority
+    assert Api.shared(**wanted, authority=login.authority).login == login
+    assert Api.shared(**wanted).login == login
+    with pytest.raises(ComputeError, match="another cluster"):
+        Api.shared(**wanted, authority="0123456789abcdef")
+
+
+def test_a_pod_knows_its_cluster_by_its_authority() -> None:
+    api = Api(Login("in-cluster", "", "https://10.96.0.1:443", "training", "aa"), None)
+    api.require("https://prod.example.com", "aa")
+    for server in ("https://prod.example.com", "https://10.96.0.1:443"):
+        with pytest.raises(ComputeError, match="another cluster"):
+            api.require(server, "bb")
+
+
+@pytest.mark.parametrize("current", ["", None, "gone"])
+def test_a_context_that_is_named_needs_no_current_one(kubeconfig: Path, current: str | None) -> None:
+    document = json.loads(kubeconfig.read_text())
+    kubeconfig.write_text(json.dumps({**document, "current-context": current}))
+    assert Api.open(kubeconfig=str(kubeconfig), context="here").login.context == "here"
+    with pytest.raises(ComputeError) as caught:
+        Api.open(kubeconfig=str(kubeconfig))
+    assert "here" in caught.value.hint
+
+
+def test_the_first_kubeconfig_chooses_the_context(kubeconfig: Path, tmp_path: Path) -> None:
+    document = json.loads(kubeconfig.read_text())
+    document["contexts"] = [{"name": "there", "context": {"cluster": "here", "user": "here", "namespace": "other"}}]
+    second = tmp_path / "second"
+    second.write_text(json.dumps({**document, "current-context": "there"}))
+    login = Api.open(kubeconfig=f"{kubeconfig}{os.pathsep}{second}").login
+    assert (login.context, login.namespace) == ("here", "default")
+
+
+def test_the_clusters_proxy_is_used(kubeconfig: Path) -> None:
+    document = json.loads(kubeconfig.read_text())
+    document["clusters"][0]["cluster"]["proxy-url"] = "http://127.0.0.1:1"
+    kubeconfig.write_text(json.dumps(document))
+    with pytest.raises(ComputeError, match="ProxyError"):
+        Api.open(kubeconfig=str(kubeconfig)).get("/version", patience_s=0.0)

@@ -12,6 +12,7 @@ once from the kubeconfig.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -81,12 +82,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Login:
-    """Where a cluster is and as whom we speak to it. ``source``: the kubeconfig file, or ``in-cluster``."""
+    """Where a cluster is and as whom we speak to it. ``source``: the kubeconfig file, or ``in-cluster``.
+
+    ``authority``: a digest of the cluster's own certificate authority, empty where the login names none.
+    """
 
     source: str
     context: str
     server: str
     namespace: str
+    authority: str = ""
 
 
 class Throttle:
@@ -131,16 +136,17 @@ class Api:
         return cls(login, client, kubeconfig)
 
     @classmethod
-    def shared(cls, *, kubeconfig: str = "", context: str = "", server: str = "") -> Api:
+    def shared(cls, *, kubeconfig: str = "", context: str = "", server: str = "", authority: str = "") -> Api:
         """The process's one connection for this login, opened when first asked for: one throttle, one pool.
 
         ``server``: the cluster must be that one. It is found under whatever context it has in this kubeconfig.
         """
-        key = (os.pathsep.join(_kubeconfig_files(kubeconfig)), context, server)
+        key = (os.pathsep.join(_kubeconfig_files(kubeconfig)), context, server, authority)
         with _SHARED_LOCK:
             if key not in _SHARED:
-                _SHARED[key] = cls.open(kubeconfig=kubeconfig, context=_context_of(kubeconfig, context, server))
-                _SHARED[key].require(server)
+                opened = cls.open(kubeconfig=kubeconfig, context=_context_of(kubeconfig, context, server))
+                opened.require(server, authority)
+                _SHARED[key] = opened
             return _SHARED[key]
 
     @property
@@ -148,11 +154,19 @@ class Api:
         """How many requests were sent so far."""
         return self._throttle.taken
 
-    def require(self, server: str) -> None:
-        """Raise ComputeError where this is another cluster. In a pod the same cluster has another address."""
-        if server and self.login.source != "in-cluster" and self.login.server != server:
+    def require(self, server: str, authority: str = "") -> None:
+        """Raise ComputeError where this is another cluster.
+
+        Many are called https://127.0.0.1:6443, and in a pod the same cluster has another address.
+        """
+        if self.login.source == "in-cluster":
+            the_same = self.login.authority == authority
+        else:
+            known = self.login.authority and authority
+            the_same = self.login.server == server and (not known or self.login.authority == authority)
+        if server and not the_same:
             raise ComputeError(
-                f"The job runs on the cluster at {server}, which kubeconfig {self.login.source} does not know.",
+                f"The job runs on another cluster, at {server}, to which {self.login.source} does not lead.",
                 hint="Its stored log and its status are still to be had from here, through the tracking server.",
             )
 
@@ -427,7 +441,7 @@ def _server_time(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-_SHARED: dict[tuple[str, str, str], Api] = {}
+_SHARED: dict[tuple[str, str, str, str], Api] = {}
 _SHARED_LOCK = threading.Lock()
 
 
@@ -454,10 +468,19 @@ def _servers(files: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, KeyError):
             document = yaml.safe_load(Path(path).read_text())
             for each in document.get("clusters") or ():
-                clusters.setdefault(each["name"], without_userinfo(str(each["cluster"].get("server", ""))))
+                server = without_userinfo(str(each["cluster"].get("server", "")))
+                clusters.setdefault(each["name"], server.rstrip("/"))  # as the client has it
             for each in document.get("contexts") or ():
                 contexts.setdefault(each["name"], each["context"].get("cluster", ""))
     return {name: clusters.get(cluster, "") for name, cluster in contexts.items()}
+
+
+def _current_context(files: Iterable[str]) -> str:
+    """The first file's that names one, as for kubectl; the client takes the last one's. Empty: none does."""
+    import yaml
+
+    documents = (yaml.safe_load(Path(path).read_text()) or {} for path in files)
+    return next((str(each["current-context"]) for each in documents if each.get("current-context")), "")
 
 
 def _connect(kubeconfig: str, context: str) -> tuple[Any, Login]:
@@ -495,7 +518,7 @@ def _connect_in_cluster() -> tuple[Any, Login]:
         namespace = (SERVICE_ACCOUNT / "namespace").read_text().strip()
     except (config.ConfigException, OSError) as error:
         raise ComputeError("The pod's service account cannot be used.", words=str(error)) from error
-    return _client(configuration), Login("in-cluster", "", configuration.host, namespace)
+    return _client(configuration), Login("in-cluster", "", configuration.host, namespace, _authority(configuration))
 
 
 def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
@@ -504,20 +527,35 @@ def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
     configuration = client.Configuration()
     place = f"kubeconfig {files}, context {context or 'current'}"
     try:
-        contexts, current = config.list_kube_config_contexts(config_file=files)
-        chosen = next((each for each in contexts if each["name"] == context), None) if context else current
+        merged = config.kube_config.KubeConfigMerger(files).config
+        contexts = [each.value for each in merged["contexts"].value]
+        wanted = context or _current_context(files.split(os.pathsep))
+        chosen = next((each for each in contexts if each["name"] == wanted), None)
         if chosen is None:
             raise ComputeError(
-                f"Context {context!r} is not in kubeconfig {files}.",
-                hint=f"Known contexts: {', '.join(sorted(str(each['name']) for each in contexts))}.",
+                f"Context {wanted!r} is not in kubeconfig {files}."
+                if wanted
+                else f"Kubeconfig {files} chooses no context.",
+                hint=f"Name one in kubernetes.context: {', '.join(sorted(str(each['name']) for each in contexts))}.",
             )
         _load_with_timeout(files, chosen["name"], configuration)
+        cluster = merged["clusters"].get_with_name(chosen["context"]["cluster"]).value["cluster"]
+        configuration.proxy = cluster.get("proxy-url") or configuration.proxy  # which client 36 leaves out
     except ComputeError:
         raise
     except Exception as error:  # the client raises whatever YAML, base64 and a login plugin make it raise
         raise ComputeError(f"The cluster's login cannot be read: {place}.", words=redact(str(error))) from error
     namespace = chosen["context"].get("namespace") or "default"
-    return _client(configuration), Login(files, chosen["name"], without_userinfo(configuration.host), namespace)
+    server = without_userinfo(configuration.host)
+    return _client(configuration), Login(files, chosen["name"], server, namespace, _authority(configuration))
+
+
+def _authority(configuration: Any) -> str:
+    """A digest of the certificates by which the login knows its cluster."""
+    if not configuration.ssl_ca_cert:
+        return ""
+    content = Path(configuration.ssl_ca_cert).read_bytes()
+    return hashlib.sha256(b"".join(content.split())).hexdigest()[:16]
 
 
 def _load_with_timeout(files: str, context: str, configuration: Any) -> None:

@@ -52,6 +52,7 @@ class KubernetesCompute:
         kubeconfig: str = "",
         namespace: str = "",
         server: str = "",
+        authority: str = "",
         template: PodTemplate | None = None,
     ) -> None:
         self._template = template
@@ -59,6 +60,7 @@ class KubernetesCompute:
         self._kubeconfig = kubeconfig
         self._namespace = namespace
         self._server = server
+        self._authority = authority
         self._submissions: dict[str, str] = {}  # Job -> the submission it belongs to, where this process made it
         self._digests: dict[str, str] = {}  # image -> the same by digest
         self._lock = threading.Lock()
@@ -75,16 +77,21 @@ class KubernetesCompute:
     @classmethod
     def from_handle(cls, handle: JobHandle) -> KubernetesCompute:
         address = Address.parse(handle.url)
-        return cls(context=address.context, namespace=address.namespace, server=address.server)
+        return cls(
+            context=address.context,
+            namespace=address.namespace,
+            server=address.server,
+            authority=address.authority,
+        )
 
     @classmethod
     def of_handles(cls, urls: Iterable[str]) -> list[KubernetesCompute]:
         """One compute for each namespace of each cluster that these handles name; what is no handle is left out."""
-        places: dict[tuple[str, str, str], KubernetesCompute] = {}
+        places: dict[tuple[str, ...], KubernetesCompute] = {}
         for url in urls:
             with contextlib.suppress(ComputeError):
                 address = Address.parse(url)
-                key = (address.namespace, address.context, address.server)
+                key = (address.namespace, address.context, address.server, address.authority)
                 if key not in places:
                     places[key] = cls.from_handle(JobHandle(url))
         return list(places.values())
@@ -114,7 +121,8 @@ class KubernetesCompute:
         api = self._connected()
         job = names.job_name(spec.run.run_id)
         self._submissions[job] = spec.submission_id
-        return Address(self._namespace_of(api), job, api.login.context, api.login.server).url
+        login = api.login
+        return Address(self._namespace_of(api), job, login.context, login.server, login.authority).url
 
     # ------------------------------------------------------------------------------------------------- creation
 
@@ -317,7 +325,12 @@ class KubernetesCompute:
     def _connected(self) -> Api:
         with self._lock:
             if self._api is None:
-                self._api = Api.shared(kubeconfig=self._kubeconfig, context=self._context, server=self._server)
+                self._api = Api.shared(
+                    kubeconfig=self._kubeconfig,
+                    context=self._context,
+                    server=self._server,
+                    authority=self._authority,
+                )
             return self._api
 
     def _namespace_of(self, api: Api) -> str:
@@ -359,10 +372,11 @@ def _with_memory(status: JobStatus, now: Observation, before: Observation) -> Jo
 
 def _needs_events(status: JobStatus, seen: Observation) -> bool:
     """Only what does not move needs them: they cost a request, and say nothing of a program that runs."""
-    if status.phase in (Phase.QUEUED, Phase.STARTING) and seen.job is not None:
+    pod = seen.pods[0] if seen.pods else {}
+    prepared = status.phase is Phase.PREPARING and objects.container(pod, manifest.PREPARE).state == "terminated"
+    if (prepared or status.phase in (Phase.QUEUED, Phase.STARTING)) and seen.job is not None:
         return not (seen.job.get("spec") or {}).get("suspend")
-    pod = seen.pods[0] if seen.pods else None
-    unready = pod is not None and (objects.condition(pod, "Ready") or {}).get("status") == "False"
+    unready = (objects.condition(pod, "Ready") or {}).get("status") == "False"
     return status.phase is Phase.RUNNING and unready
 
 

@@ -84,18 +84,20 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Address:
-    """A Job's place. ``context`` and ``server`` say how the submitter reached the cluster; either may be empty."""
+    """A Job's place. How the submitter reached the cluster may be empty; ``authority``: see ``api.Login``."""
 
     namespace: str
     job: str
     context: str = ""
     server: str = ""
+    authority: str = ""
 
     @property
     def url(self) -> str:
-        """``kubernetes://NAMESPACE/JOB?context=…&server=…``, percent-encoded."""
+        """``kubernetes://NAMESPACE/JOB?context=…&server=…&authority=…``, percent-encoded."""
+        pairs = (("context", self.context), ("server", self.server), ("authority", self.authority))
         query = urllib.parse.urlencode(
-            {key: value for key, value in (("context", self.context), ("server", self.server)) if value},
+            {key: value for key, value in pairs if value},
             quote_via=urllib.parse.quote,
         )
         path = f"kubernetes://{urllib.parse.quote(self.namespace, safe='')}/{urllib.parse.quote(self.job, safe='')}"
@@ -112,4 +114,4 @@ class Address:
                 f"{url!r} is not the handle of a Kubernetes job.",
                 hint="A handle has the form kubernetes://NAMESPACE/JOB?context=CONTEXT&server=URL.",
             )
-        return cls(namespace, job, query.get("context", [""])[0], query.get("server", [""])[0])
+        return cls(namespace, job, *(query.get(key, [""])[0] for key in ("context", "server", "authority")))
