@@ -208,8 +208,8 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
                 settle(self._tracking, self._compute, self._handle, self._run_id, status)
                 self._await_end(5.0)
                 return self._tracking.view(self._run_id)
-        except ComputeError:
-            return view  # out of reach is no proof of anything
+        except ComputeError:  # out of reach is no proof of anything; a pod of a lost node outlives its run's end
+            return self._tracking.view(self._run_id)
         return view
 
     def _await_end(self, patience_s: float, *, settle_it: bool = False) -> None:
@@ -357,6 +357,9 @@ def close_if_abandoned(tracking: Tracking, view: RunView) -> bool:
     try:
         compute = computes.from_handle(handle)
         status = compute.status(handle)
+        if hopeless(status):
+            settle(tracking, compute, handle, view.run_id, status)
+            return True
         if status.phase is not Phase.CREATING and (not status.gone or compute.recover(handle)):
             return False  # there is a job, though its submitter never got to say so
         tracking.finalise(view.run_id, closing, "look")

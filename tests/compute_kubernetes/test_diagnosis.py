@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlflow_remote_backend.compute.kubernetes import diagnosis, names, objects
+from mlflow_remote_backend.compute.kubernetes.compute import _needs_events
 from mlflow_remote_backend.compute.kubernetes.objects import Observation
 from mlflow_remote_backend.job import JobStatus, Phase, Reason
 
@@ -20,7 +22,7 @@ RECORDED = {path.stem: json.loads(path.read_text()) for path in Path(__file__).p
 Document = dict[str, Any]
 
 
-def seen(name: str, later_s: float = 0, change: Callable[[Document], None] = lambda document: None) -> Observation:
+def seen(name: str, later_s: float = 0, change: Callable[[Document], object] = lambda document: None) -> Observation:
     document = copy.deepcopy(RECORDED[name])
     change(document)
     job = document["job"]
@@ -29,7 +31,7 @@ def seen(name: str, later_s: float = 0, change: Callable[[Document], None] = lam
     )
 
 
-def told(name: str, later_s: float = 0, change: Callable[[Document], None] = lambda document: None) -> JobStatus:
+def told(name: str, later_s: float = 0, change: Callable[[Document], object] = lambda document: None) -> JobStatus:
     return diagnosis.assess(seen(name, later_s, change))
 
 
@@ -297,6 +299,68 @@ def test_an_eviction_is_told_before_the_pod_has_ended() -> None:
     assert (status.diagnosis.reason, status.diagnosis.fatal) == (Reason.EVICTED, False)
 
 
+def second_attempt(document: Document) -> None:
+    """Of three, after one that ran for ten hours."""
+    job = document["job"]
+    job["metadata"]["annotations"][names.ATTEMPTS] = "3"
+    started = datetime.fromtimestamp(document["now"] - 36_000, timezone.utc)
+    job["status"].update(startTime=started.isoformat(), failed=1, active=0)
+    for pod in document["pods"]:
+        pod["metadata"]["annotations"][names.ATTEMPT] = "1"
+
+
+def test_why_an_image_cannot_be_pulled_is_asked_for_as_long_as_the_program_does_not_run() -> None:
+    """Before Kubernetes 1.32 a container that waits for its image says only that it does."""
+    for name, wanted in {"image-not-found": True, "unschedulable-cpu": True, "running": False, "exit-3": False}.items():
+        assert _needs_events(told(name), seen(name)) == wanted
+
+
+def test_another_attempt_has_a_patience_of_its_own() -> None:
+    starting = told("volume-missing-secret", change=second_attempt)
+    assert (starting.phase, starting.attempt, starting.diagnosis) == (Phase.STARTING, 1, None)
+    late = told("volume-missing-secret", 1900, lambda document: (second_attempt(document), document["events"].clear()))
+    assert late.diagnosis is not None
+    assert (late.diagnosis.reason, late.diagnosis.fatal) == (Reason.START_TIMEOUT, True)
+    refused = told("quota-used-up", change=second_attempt)
+    assert refused.diagnosis is not None
+    assert (refused.diagnosis.reason, refused.diagnosis.fatal) == (Reason.QUOTA, False)
+
+    def between(document: Document) -> None:
+        second_attempt(document)
+        document["pods"][0]["metadata"]["annotations"][names.ATTEMPT] = "0"
+        document["job"]["status"]["conditions"] = []
+
+        refused_before = {
+            "reason": "FailedCreate",
+            "message": "no",
+            "firstTimestamp": document["job"]["status"]["startTime"],
+        }
+        document["events"].append({**refused_before, "involvedObject": {"uid": objects.uid(document["job"])}})
+
+    status = told("exit-3", change=between)
+    assert (status.phase, status.detail, status.diagnosis) == (Phase.QUEUED, "waiting for the next attempt", None)
+    assert (
+        told("quota-used-up", change=lambda document: (second_attempt(document), document["events"].clear())).diagnosis
+        is None
+    )
+
+
+def test_an_init_container_of_the_template_that_failed_is_named() -> None:
+    def failed(document: Document) -> None:
+        status = document["pods"][0]["status"]
+        status["phase"] = "Failed"
+        state = {"terminated": {"exitCode": 7, "reason": "Error", "message": "no such bucket\n"}}
+        status["initContainerStatuses"].append({"name": "fetch-data", "state": state})
+        for each in status["containerStatuses"]:
+            each["state"] = {"waiting": {"reason": "PodInitializing"}}
+
+    status = told("running", change=failed)
+    assert status.diagnosis is not None
+    assert (status.gone, status.diagnosis.reason) == (True, Reason.CONTAINER_CONFIG)
+    assert "fetch-data" in status.diagnosis.message
+    assert status.diagnosis.words == "no such bucket"
+
+
 def node_silent(document: Document) -> None:
     pod = document["pods"][0]
     since = "2026-01-01T00:00:00Z"
@@ -315,6 +379,19 @@ def test_a_silent_node_is_lost_contact_until_patience_ends() -> None:
     assert (early.diagnosis.reason, early.diagnosis.fatal, early.gone) == (Reason.NODE_LOST, False, False)
     assert late.diagnosis.fatal
     assert early.phase is Phase.RUNNING
+
+
+def deleted_long_ago(document: Document) -> None:
+    document["pods"][0]["metadata"].update(deletionTimestamp="2026-01-01T00:30:30Z", deletionGracePeriodSeconds=1830)
+    document["now"] = objects.seconds("2026-01-01T00:30:30Z") + 60
+
+
+@pytest.mark.parametrize("sign", [node_silent, deleted_long_ago])
+def test_a_silent_node_is_given_up_by_who_looks_days_later_too(sign: Callable[[Document], None]) -> None:
+    """Events are kept for an hour."""
+    found = told("running", 2 * 86_400, lambda document: (sign(document), document["events"].clear())).diagnosis
+    assert found is not None
+    assert (found.reason, found.fatal) == (Reason.NODE_LOST, True)
 
 
 # ------------------------------------------------------------------------------------------------------- in general

@@ -53,6 +53,14 @@ def test_a_disrupted_pod_is_repeated_where_asked_for(projects: Projects, namespa
     view = ended(run)
     assert (view.status, view.tag("attempt")) == ("FINISHED", "1")
     assert stored_log(run.run_id) == b"attempt 0\nattempt 1\n"
+    assert list(attach(run.run_id).logs()) == ["attempt 0", "", "--- attempt 2 ---", "attempt 1"]
+
+
+def test_a_long_attempt_takes_nothing_from_the_start_timeout_of_the_next(projects: Projects) -> None:
+    script = '[ "$MLFLOW_REMOTE_ATTEMPT" = 1 ] || { sleep 25; exit 17; }'
+    retry = {"max_attempts": 2, "on": [{"exit_codes": [17]}]}
+    view = projects.run(script, retry=retry, start_timeout="20s")
+    assert (view.status, view.tag("attempt")) == ("FINISHED", "1"), view.tag("message")
 
 
 def test_an_out_of_memory_kill_is_repeated_where_asked_for(projects: Projects) -> None:

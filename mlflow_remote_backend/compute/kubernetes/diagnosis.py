@@ -16,6 +16,7 @@ from .objects import Observation, Patience, Raw
 
 NODE_SILENT = ("NodeNotReady", "TaintManagerEviction")
 FINISHED = ("Complete", "Failed")
+DELETION_MARGIN_S = 60.0  # beyond a deleted pod's grace, until its kubelet counts as silent
 
 
 def assess(seen: Observation) -> JobStatus:
@@ -191,16 +192,14 @@ def _progress(pod: Raw) -> tuple[Phase, str]:
 
 
 def _node_lost(seen: Observation, pod: Raw, patience: Patience) -> Diagnosis | None:
-    """The node controller's word that the kubelet is silent. The program may well be running on."""
-    ready = objects.condition(pod, "Ready") or {}
-    event = objects.latest_event(seen.events, pod, *NODE_SILENT)
+    """Signs that the kubelet is silent, which last as long as the pod. The program may well be running on."""
+    since = _silent_since(pod, seen.now)
     claims_to_run = any(each.state == "running" for each in objects.containers(pod))
-    if ready.get("status") == "True" or event is None or not claims_to_run:
+    if not since or not claims_to_run:
         return None
-    if objects.seconds(ready.get("lastTransitionTime")) + 1 < objects.event_first_time(event) - 60:
-        return None  # not ready for another, older reason
-    waited_s = seen.now - objects.event_first_time(event)
+    waited_s = seen.now - since
     node = (pod.get("spec") or {}).get("nodeName")
+    event = objects.latest_event(seen.events, pod, *NODE_SILENT) or {}
     return Diagnosis(
         Reason.NODE_LOST,
         f"Node {node} does not answer; the program may still be running there.",
@@ -209,3 +208,14 @@ def _node_lost(seen: Observation, pod: Raw, patience: Patience) -> Diagnosis | N
         fatal=waited_s > patience.node_lost_timeout_s,
         patience_s=patience.node_lost_timeout_s,
     )
+
+
+def _silent_since(pod: Raw, now: float) -> float:
+    """0: it is not. The node controller turns Ready alone, without a reason, as no kubelet does; and a kubelet ends a
+    deleted pod when its grace is over.
+    """
+    ready, containers_ready = (objects.condition(pod, each) or {} for each in ("Ready", "ContainersReady"))
+    if ready.get("status") == "False" and not ready.get("reason") and containers_ready.get("status") == "True":
+        return objects.seconds(ready.get("lastTransitionTime"))
+    grace_over_at = objects.seconds(objects.metadata(pod).get("deletionTimestamp"))
+    return grace_over_at if grace_over_at and now > grace_over_at + DELETION_MARGIN_S else 0.0

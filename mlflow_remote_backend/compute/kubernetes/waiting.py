@@ -50,10 +50,11 @@ def refused_pod(seen: Observation, patience: Patience) -> Diagnosis | None:
     """Why the Job has no pod although it is not suspended: the only sign is an event on the Job."""
     job = seen.job or {}
     event = objects.latest_event(seen.events, job, "FailedCreate")
-    if event is None:
+    since = _attempt_since(seen)
+    if event is None or objects.event_time(event) < since:
         return None
     words = str(event.get("message") or "")
-    waited_s = seen.now - (objects.seconds(objects.status(job).get("startTime")) or objects.event_first_time(event))
+    waited_s = seen.now - (since or objects.event_first_time(event))
     out_of_patience = waited_s > patience.start_timeout_s
     if _QUOTA_RACE.search(words):
         return None
@@ -264,7 +265,7 @@ def event_is_over(event: Raw, pod: Raw) -> bool:
 
 def not_started(seen: Observation, patience: Patience) -> Diagnosis | None:
     """Nothing in particular is wrong, yet it takes longer than ``start_timeout``."""
-    since = objects.seconds(objects.status(seen.job or {}).get("startTime"))
+    since = _attempt_since(seen)
     if not since or seen.now - since <= patience.start_timeout_s:
         return None
     event = next((each for pod in seen.pods for each in objects.events_of(seen.events, pod)), None)
@@ -274,3 +275,17 @@ def not_started(seen: Observation, patience: Patience) -> Diagnosis | None:
         str((event or {}).get("message") or ""),
         "A longer `start_timeout` gives it more time.",
     )
+
+
+def _attempt_since(seen: Observation) -> float:
+    """Since when this attempt is to start: the first with its Job, another one when the one before it has ended.
+
+    0 where that is not known: the pod before it was deleted.
+    """
+    job = objects.status(seen.job or {})
+    if not seen.pods and any(job.get(key) for key in ("active", "failed", "uncountedTerminatedPods")):
+        return 0.0
+    later = [pod for pod in seen.pods if objects.ended(pod) or objects.attempt(pod)]
+    times = [objects.created_at(pod) for pod in later]
+    times += [each.finished_at for pod in later for each in objects.containers(pod)]
+    return max([objects.seconds(job.get("startTime")), *times])
