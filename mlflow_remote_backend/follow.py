@@ -103,6 +103,7 @@ class Log:
     def _take(self, attempt: int, offset: int, data: bytes) -> Iterator[bytes]:
         """In order: a repeat is cut off, a gap is filled from the stored parts where they reach."""
         if attempt > self._cursor.attempt:
+            yield from self._rest_before(attempt)
             yield f"\n--- attempt {attempt + 1} ---\n".encode()
             self._cursor = Cursor(attempt, 0)
         if attempt < self._cursor.attempt:
@@ -113,6 +114,12 @@ class Log:
         if fresh:
             self._cursor.offset = offset + len(data)
             yield fresh
+
+    def _rest_before(self, attempt: int) -> Iterator[bytes]:
+        """What is stored of the attempts before this one: a disrupted pod takes its live log with it."""
+        with contextlib.suppress(RemoteError):
+            for earlier, offset, data in self._stored.read_from(self._cursor, before=attempt):
+                yield from self._take(earlier, offset, data)
 
     def _fill_gap(self, until: int) -> Iterator[bytes]:
         """By the stored parts, which may be some seconds behind."""
@@ -190,10 +197,15 @@ class StoredLog:
         self._tracking = tracking
         self._run_id = run_id
 
-    def read_from(self, cursor: Cursor) -> Iterator[tuple[int, int, bytes]]:
-        """Attempt, offset and bytes of what is stored from the cursor on. Blocks while parts are fetched."""
+    def read_from(self, cursor: Cursor, before: int | None = None) -> Iterator[tuple[int, int, bytes]]:
+        """Attempt, offset and bytes of what is stored from the cursor on, or only of attempts ``before`` that one.
+
+        Blocks while parts are fetched.
+        """
         at = Cursor(cursor.attempt, cursor.offset)
         for part in self._tracking.log_index(self._run_id):
+            if before is not None and part.attempt >= before:
+                return
             if part.attempt > at.attempt:
                 at = Cursor(part.attempt, 0)
             if part.attempt < at.attempt or part.end <= at.offset:
