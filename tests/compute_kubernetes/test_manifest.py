@@ -12,7 +12,7 @@ import pytest
 import yaml
 from specs import LOCKED, RUN_ID, spec
 
-from mlflow_remote_backend.compute.kubernetes import manifest, names
+from mlflow_remote_backend.compute.kubernetes import manifest, names, pod_template
 from mlflow_remote_backend.compute.kubernetes.manifest import SecretNames
 from mlflow_remote_backend.errors import ConfigError
 from mlflow_remote_backend.job import Limits, Resources, Retry, RunRef
@@ -140,6 +140,12 @@ def rules(retry: Retry) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.parametrize(("options", "seconds"), [({}, 86_400), ({"ttl_s": 0.0}, 0), ({"ttl_s": 0.5}, 1)])
+def test_a_finished_job_stays_for_as_long_as_asked_for(options: dict[str, float], seconds: int) -> None:
+    built = manifest.build(spec(options=options), SecretNames(), "{}")
+    assert built.job["spec"]["ttlSecondsAfterFinished"] == seconds
+
+
 def test_nothing_is_retried_unless_asked_for() -> None:
     job = manifest.build(spec(), SecretNames(), "{}").job["spec"]
     assert job["backoffLimitPerIndex"] == 0
@@ -236,3 +242,30 @@ def test_secrets_reach_only_those_who_need_them() -> None:
     assert secret_variables(first) == secret_variables(second) == {"MLFLOW_TRACKING_PASSWORD"}
     assert secret_variables(third) == {"AWS_SECRET_ACCESS_KEY"}
     assert not [each for each in third["volumeMounts"] if each["mountPath"] == manifest.JOB_FILES]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"spec": "main"},
+        {"metadata": {"labels": ["a=b"]}},
+        {"spec": {"nodeSelector": ["gpu"]}},
+        {"spec": {"containers": [{"name": "main", "env": ["A=b"]}]}},
+        {"spec": {"containers": [{"name": "main", "volumeMounts": [{"name": "data"}]}]}},
+    ],
+    ids=json.dumps,
+)
+def test_a_template_of_another_shape_is_refused(template: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="pod_template"):
+        _with_template(template)
+
+
+def test_a_container_that_keeps_the_pod_is_told_of() -> None:
+    built = _with_template({"spec": {"containers": [{"name": "proxy", "image": "proxy"}]}})
+    assert any("until container proxy has ended" in each for each in built.warnings)
+
+
+def _with_template(template: dict[str, Any]) -> manifest.Manifest:
+    loaded = pod_template.load(template)
+    assert loaded is not None
+    return pod_template.apply(loaded, spec(), manifest.build(spec(), SECRETS, "{}"))

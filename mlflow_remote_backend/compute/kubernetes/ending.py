@@ -70,6 +70,7 @@ def cause(pod: Raw) -> Diagnosis:
         or (_unseen_from_inside(pod) if vague else None)
         or recorded
         or _prepare(objects.container(pod, PREPARE))
+        or _other_init_container(pod)
         or _program(objects.container(pod, MAIN), pod)
     )
 
@@ -119,7 +120,7 @@ def _unseen_from_inside(pod: Raw) -> Diagnosis | None:
     prepare, main = objects.container(pod, PREPARE), objects.container(pod, MAIN)
     if prepare.reason in ("OOMKilled", *_NEVER_STARTED):
         return _prepare(prepare)
-    return _program(main, pod) if main.reason in ("OOMKilled", *_NEVER_STARTED) else None
+    return _program(main, pod) if main.reason in ("OOMKilled", *_NEVER_STARTED) else _other_init_container(pod)
 
 
 def runner_record(pod: Raw) -> dict[str, Any]:
@@ -142,6 +143,19 @@ def _prepare(ended: Container) -> Diagnosis | None:
         return Diagnosis(Reason.BOOTSTRAP, message, ended.message, container_hint(ended.message))
     message = f"Preparing the job failed with exit code {ended.exit_code}."
     return Diagnosis(Reason.BOOTSTRAP, message, ended.message.strip(), "kubectl logs -c prepare may tell more.")
+
+
+def _other_init_container(pod: Raw) -> Diagnosis | None:
+    """One of a pod template's that failed, after which the program is not started. The last one that was."""
+    if objects.container(pod, MAIN).state != "waiting" or objects.deleted_at(pod):
+        return None
+    others = [each for each in objects.containers(pod) if each.name not in (OBSERVE, PREPARE) and each.exit_code]
+    if not others:
+        return None
+    failed = others[-1]
+    message = f"Init container {failed.name} of the pod template failed with exit code {failed.exit_code}."
+    hint = f"kubectl logs -c {failed.name} may tell more."
+    return Diagnosis(Reason.CONTAINER_CONFIG, message, failed.message.strip() or failed.reason, hint)
 
 
 def _program(ended: Container, pod: Raw) -> Diagnosis:

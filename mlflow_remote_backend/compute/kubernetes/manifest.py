@@ -118,7 +118,7 @@ def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
             "suspend": True,
             **_completion(spec.retry),
             **_fence("activeDeadlineSeconds", job_deadline_s(spec.limits, spec.retry)),
-            "ttlSecondsAfterFinished": int(options.get("ttl_s") or TTL_S),
+            "ttlSecondsAfterFinished": math.ceil(options.get("ttl_s", TTL_S)),
             "template": {
                 "metadata": {
                     "labels": labels,

@@ -8,6 +8,7 @@ names one, else the first.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,17 @@ def load(raw: str | Mapping[str, Any] | None) -> PodTemplate | None:
     document = _read(Path(raw)) if isinstance(raw, str) else raw
     if not isinstance(document, Mapping):
         raise _wrong("it is not a mapping")
-    return _understand(document)
+    with _shaped():
+        return _understand(document)
+
+
+@contextlib.contextmanager
+def _shaped() -> Iterator[None]:
+    """What stumbles over a list in the place of a mapping, or the like, is told as the template's fault."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _wrong("it is not shaped as Kubernetes has a pod", f"{type(error).__name__}: {error}") from error
 
 
 def _read(path: Path) -> Any:
@@ -106,7 +117,15 @@ def _wrong(trouble: str, words: str = "") -> ConfigError:
 
 
 def apply(template: PodTemplate, spec: JobSpec, built: Manifest) -> Manifest:
-    """Our objects on top of the template, with a warning for each thing in it that weakens security or is not used."""
+    """Our objects on top of the template, with a warning for each thing in it that weakens security or is not used.
+
+    Raises ConfigError.
+    """
+    with _shaped():
+        return _applied(template, spec, built)
+
+
+def _applied(template: PodTemplate, spec: JobSpec, built: Manifest) -> Manifest:
     job = copy.deepcopy(built.job)
     ours = job["spec"]["template"]
     before = set(weaknesses(ours["spec"]))
@@ -204,6 +223,11 @@ def _unused(template: PodTemplate) -> Iterator[str]:
     for key in template.job.get("spec") or {}:
         if key not in _JOB_FIELDS:
             yield f"pod_template: spec.{key} of the Job is not used"
+    for each in template.others():
+        yield (
+            f"pod_template: the pod lasts, and another attempt waits, until container {each['name']} has ended too; "
+            "one that serves the program belongs into initContainers, with restartPolicy: Always"
+        )
     grace = template.spec.get("terminationGracePeriodSeconds")
     if grace is not None:
         yield "pod_template: terminationGracePeriodSeconds is not used; see `grace_period` and `finalize_timeout`"
