@@ -166,9 +166,14 @@ def _clusters(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
         for each in left:
             view = _view(tracking, each.run_id)
             absent = view is None and each.same_server and each.age_s > ABSENT_S
-            if absent or (view is not None and view.ended):
+            if not absent and (view is None or not view.ended):
+                continue
+            try:
                 _unless(dry_run, partial(compute.remove_leftover, each))
-                yield Collected(each.kind, each.name, "would be removed" if dry_run else "removed: its run has ended")
+            except ComputeError as error:  # a right that is missing here must not keep what is elsewhere
+                yield Collected("error", error.code, str(error))
+                continue
+            yield Collected(each.kind, each.name, "would be removed" if dry_run else "removed: its run has ended")
 
 
 def failures(items: Iterator[Collected]) -> Iterator[Collected]:

@@ -43,6 +43,20 @@ FORWARDED = (
 )
 #: Never forwarded though they match: they name things of this machine.
 NOT_FORWARDED = frozenset({"MLFLOW_TRACKING_URI", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"})
+#: They name files and doors of this machine, so they go no further.
+HERE_ONLY = frozenset(
+    {
+        "MLFLOW_TRACKING_SERVER_CERT_PATH",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+        "AWS_CA_BUNDLE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AZURE_CLIENT_CERTIFICATE_PATH",
+        "DATABRICKS_CONFIG_FILE",
+    }
+)
 #: Forwarded as they are: how the network is reached from here, which the job usually shares.
 NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
@@ -276,9 +290,12 @@ def describe(
 def secrets_of(config: BackendConfig, environ: Mapping[str, str]) -> Secrets:
     """What travels as secrets: ``pass_env``, and by an open-ended rule all that may open MLflow or its store."""
     forwarded = {key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED}
+    elsewhere = {key: value for key, value in forwarded.items() if key not in HERE_ONLY}
     network = {key: environ[key] for key in NETWORK if key in environ}
-    program = {**network, **forwarded, **config.pass_env}
-    return Secrets(program, {**network, **forwarded, **_registry_credentials(config)})
+    of_program = forwarded if config.compute == "local" else elsewhere
+    of_runner = elsewhere if config.compute == "kubernetes" else forwarded
+    program = {**network, **of_program, **config.pass_env}
+    return Secrets(program, {**network, **of_runner, **_registry_credentials(config)})
 
 
 def _registry_credentials(config: BackendConfig) -> dict[str, str]:
