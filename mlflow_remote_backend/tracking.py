@@ -357,16 +357,17 @@ class Tracking:
 
     # -- models -------------------------------------------------------------------------------------------------------
 
-    def model_version(self, name: str, version: str = "", alias: str = "") -> ModelVersion:
-        """A version of a registered model, by its number or an alias. Raises RequestError: there is none."""
+    def model_version(self, uri: str) -> ModelVersion | None:
+        """The version of a registered model that a ``models:/`` URI names, by its number, an alias, a stage or
+        ``latest``; None: it names a logged model. Raises RequestError: there is none."""
+        from mlflow.store.artifact.utils.models import get_model_name_and_version
 
         def read() -> Any:
-            if alias:
-                return self.client.get_model_version_by_alias(name, alias)
-            return self.client.get_model_version(name, version)
+            named = get_model_name_and_version(self.client, uri)
+            return self.client.get_model_version(*named) if len(named) == 2 else None
 
-        found = self.call(f"reading model {name} {version or '@' + alias}", read)
-        return ModelVersion(found.name, str(found.version), found.run_id or "", dict(found.tags))
+        found = self.call(f"reading model {uri}", read)
+        return found and ModelVersion(found.name, str(found.version), found.run_id or "", dict(found.tags))
 
     def fetch_model(self, uri: str, folder: Path) -> Path:
         """Download the model into ``folder``; where it lies then. Blocks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 from collections.abc import Mapping
@@ -61,7 +62,9 @@ def _as_it_was(table: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's arrays and scalars, and times, as JSON has them."""
+    """numpy's arrays and scalars, and times, as JSON has them; bytes as the scoring server has them, in base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     for name in ("tolist", "isoformat"):
         if hasattr(value, name):
             return getattr(value, name)()
@@ -101,6 +104,12 @@ def complaint(body: bytes) -> str:
     if isinstance(document, dict) and document.get("message"):
         return str(document["message"])[:4000]
     return text[:2000]
+
+
+def url_of(host: str, port: int | str) -> str:
+    """Where a server that is bound to the address is reached from its own machine."""
+    reached = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def ask(

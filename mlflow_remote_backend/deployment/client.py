@@ -96,7 +96,7 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Serve the model under ``name``. Blocks. Returns what :meth:`get_deployment` returns."""
         with for_mlflow():
-            _refuse_other_endpoint(name, endpoint)
+            _check_name(name, endpoint)
             return described(create(name, model_uri, flavor, config, compute=self._compute, watcher=Screen()))
 
     def update_deployment(
@@ -110,7 +110,7 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
         """Another model, or other keys, in place of what is served; what is not said stays. Blocks. The old one serves
         until the new one does, and goes on if that fails."""
         with for_mlflow():
-            _refuse_other_endpoint(name, endpoint)
+            _check_name(name, endpoint)
             where, status = self._existing(name)
             return described(update(where, status, model_uri, flavor, config, watcher=Screen()))
 
@@ -119,7 +119,7 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
     ) -> None:
         """Stop and remove it, whole. Idempotent. ``config``: where it is, as far as the target's URI does not say."""
         with for_mlflow():
-            _refuse_other_endpoint(name, endpoint)
+            _check_name(name, endpoint)
             if self._compute or config:
                 _target(self._parsed(config)).delete(name)
                 return
@@ -143,7 +143,7 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         with for_mlflow():
-            _refuse_other_endpoint(name, endpoint)
+            _check_name(name, endpoint)
             return described(self._existing(name)[1])
 
     def predict(self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None) -> Any:
@@ -154,8 +154,10 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
             name = deployment_name or endpoint
             if not name:
                 raise RequestError("predict needs a deployment's name.")
-            _refuse_other_endpoint(name, endpoint)
+            _check_name(name, endpoint)
             where, status = self._existing(name)
+            if not status.url:
+                raise ComputeError(f"Deployment {name} is {status.state.value}.", words=status.detail, transient=True)
             timeout_s = status.spec.timeout_s + 5.0
             answer = where.call(name, "/invocations", calling.body_of(inputs), calling.JSON, timeout_s)
             return calling.predictions(answer, name)
@@ -221,7 +223,8 @@ def _refuse(what: str, hint: str) -> NoReturn:
     raise DeploymentException(RequestError(what, hint=hint))
 
 
-def _refuse_other_endpoint(name: str, endpoint: str | None) -> None:
+def _check_name(name: str, endpoint: str | None) -> None:
+    config.check_name(name)
     if endpoint not in (None, name):
         raise RequestError(
             f"Deployment {name} cannot stand under an endpoint {endpoint}: each deployment is its own endpoint here.",
@@ -249,7 +252,7 @@ def create(
         raise kept.name_taken(name, where.name)
     now = time.time()
     first = DeploymentSpec(name, ModelRef(model_uri), created_at=now, updated_at=now)
-    return _apply(where, first, made, model_uri, flavor, config.secrets_of(made, os.environ), watcher)
+    return _apply(where, first, made, flavor, config.secrets_of(made, os.environ), watcher)
 
 
 def update(
@@ -261,7 +264,8 @@ def update(
     *,
     watcher: target.Watcher,
 ) -> DeploymentStatus:
-    """The next revision; blocks until it answers. Secrets that the new config does not name stay as they are."""
+    """The next revision; blocks until it answers. Without a model's URI it serves the same version, wherever an alias
+    points by now. Secrets that the new config does not name stay as they are."""
     before = status.spec
     if flavor and not model_uri:
         raise RequestError("A flavor is of a model: give its URI as well.")
@@ -275,15 +279,15 @@ def update(
     if keeps:
         held = {key: before.config[key] for key in ("pass_env", "token_env") if key in before.config}
         made = dataclasses.replace(made, raw={**made.raw, **held})
-    following = dataclasses.replace(before, revision=before.revision + 1, updated_at=time.time())
-    return _apply(where, following, made, model_uri or before.model.uri, flavor, secrets, watcher)
+    served = ModelRef(model_uri) if model_uri else before.model
+    following = dataclasses.replace(before, model=served, revision=before.revision + 1, updated_at=time.time())
+    return _apply(where, following, made, flavor, secrets, watcher)
 
 
 def _apply(
     where: Target,
     draft: DeploymentSpec,
     made: DeploymentConfig,
-    model_uri: str,
     flavor: str | None,
     secrets: Secrets | None,
     watcher: target.Watcher,
@@ -291,9 +295,11 @@ def _apply(
     import mlflow
 
     tracking = Tracking(mlflow.get_tracking_uri())
+    model_uri = draft.model.source or draft.model.uri
     with submission_folder.opened() as own:  # removed by whoever comes next, should this process be killed
         watcher.say(f"fetching model {harmless(model_uri)}")
         folder, found = model.fetch(model_uri, own.scratch, tracking, flavor)
+        found = dataclasses.replace(found, uri=draft.model.uri)
         locked = model.environment(folder, made.run, watcher.say)
         spec = describe(draft, made, found, locked, secrets, tracking.uri)
         for notice in where.check(spec):

@@ -215,6 +215,8 @@ def _typed(section: Section, name: str, value: Any) -> Any:
 
 
 def _as_kind(kind: Kind, value: Any) -> Any:
+    if value == "null":
+        return None
     if isinstance(value, Mapping):
         inside = {key.name: key.kind for key in kind.keys} if isinstance(kind, Section) else {}
         return {name: _as_kind(inside[name], one) if name in inside else one for name, one in value.items()}

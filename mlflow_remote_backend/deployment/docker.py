@@ -438,8 +438,7 @@ class DockerKeep:
     def url(self) -> str:
         bound = (self._found().get("NetworkSettings") or {}).get("Ports") or {}
         for each in bound.get(f"{PORT}/tcp") or ():
-            host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(each["HostIp"], each["HostIp"])
-            return f"http://{host}:{each['HostPort']}"
+            return calling.url_of(each["HostIp"], each["HostPort"])
         return ""
 
     def port(self) -> int:

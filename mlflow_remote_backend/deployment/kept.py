@@ -27,6 +27,7 @@ from .target import Watcher
 
 KEEPER_START_S = 15.0  # from the keeper's start to its first word, on a busy machine
 POLL_S = 0.1
+REMOVAL_S = 3.0  # from a keeper's end until all of it is gone
 MARGIN_S = 60.0  # beyond the keeper's own patience
 PROBE_TIMEOUT_S = 10.0
 SERVER_FILES = ("keeper.py", "serve.py", "ask.py", "hold.py")
@@ -142,7 +143,7 @@ class KeptTarget:
                 self._update(order, watcher)
         status = self.status(spec.name)
         if status is None:
-            raise DeploymentFailed(f"Deployment {spec.name} was removed by somebody while it was rolled out.")
+            raise removed(spec.name)
         return status
 
     def _create(self, order: Order, watcher: Watcher) -> None:
@@ -201,7 +202,8 @@ class KeptTarget:
         try:
             self.roll(keep, order, software, secrets, watcher)
         except BaseException:
-            keep.put([File("wanted.json", wanted_before)])
+            with contextlib.suppress(ComputeError):  # it must not hide the first one
+                keep.put([File("wanted.json", wanted_before)])
             raise
 
     def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
@@ -241,14 +243,25 @@ class KeptTarget:
             if state.get("serving") == spec.revision:
                 return
             failed = state.get("failed")
-            if failed and failed.get("attempt", attempt) == attempt:
+            if failed and failed.get("attempt") == attempt:
                 raise diagnosis.error(spec, diagnosis.of_failed(spec, failed, log.text()), log.text())
             waited_s = time.monotonic() - began
+            if (not state or waited_s > KEEPER_START_S) and self._gone(keep, spec.name):
+                raise removed(spec.name)
             if waited_s > KEEPER_START_S and not keep.alive():
                 raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "", "exit": "?"}, log.text()), log.text())
             if waited_s > spec.start_timeout_s + MARGIN_S:
                 raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "timeout"}, log.text()), log.text())
             time.sleep(POLL_S)
+
+    def _gone(self, keep: Keep, name: str) -> bool:
+        """Whether somebody removes it, who ends its keeper first."""
+        deadline = time.monotonic() + REMOVAL_S
+        while self.find(name) is not None:
+            if keep.alive() or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
 
     def _ask_once(self, keep: Keep, spec: DeploymentSpec) -> None:
         """A real request to where users will send theirs. Raises DeploymentFailed."""
@@ -304,8 +317,10 @@ class KeptTarget:
         keep = self.find(name)
         if keep is None:
             raise no_such(name, self.name)
-        token = _secrets_in(keep.read("wanted.json") or b"{}", keep).token
-        return keep.ask(path, body or None, content_type, token, timeout_s)
+        serving = json.loads(keep.read("state.json") or b"{}").get("serving")
+        coming = json.loads(keep.read("wanted.json") or b"{}").get("revision")
+        token = keep.read(f"revisions/{serving or coming}/token") or b""
+        return keep.ask(path, body or None, content_type, token.decode(), timeout_s)
 
     def delete(self, name: str) -> None:
         with self.changing(name):
@@ -320,7 +335,7 @@ class KeptTarget:
             keep = self.find(name)
             if keep is None or keep.alive() or keep.age_s() < older_than_s:
                 continue
-            if not json.loads(keep.read("state.json") or b"{}").get("serving"):
+            if not json.loads(keep.read("state.json") or b"{}").get("served"):
                 found.append(name)
         return found
 
@@ -437,6 +452,10 @@ def name_taken(name: str, where: str) -> RequestError:
 
 def being_changed(name: str) -> RequestError:
     return RequestError(f"Deployment {name} is being changed by another process.", hint="Try again when it is done.")
+
+
+def removed(name: str) -> DeploymentFailed:
+    return DeploymentFailed(f"Deployment {name} was removed by somebody while it was rolled out.")
 
 
 def no_such(name: str, where: str) -> RequestError:

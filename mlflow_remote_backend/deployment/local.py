@@ -88,8 +88,7 @@ class LocalTarget(KeptTarget):
         return LocalKeep(folder)
 
     def find(self, name: str) -> LocalKeep | None:
-        folder = self.root / name
-        return LocalKeep(folder) if folder.is_dir() else None
+        return LocalKeep(self.root / name) if name in self.names() else None
 
     def names(self) -> list[str]:
         if not self.root.is_dir():
@@ -123,8 +122,7 @@ class LocalKeep:
     @property
     def url(self) -> str:
         state = json.loads(self.read("state.json") or b"{}")
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(state.get("host"), state.get("host"))
-        return f"http://{host}:{state['port']}" if state.get("port") else ""
+        return calling.url_of(state["host"], state["port"]) if state.get("port") else ""
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -151,7 +149,6 @@ class LocalKeep:
     def start(self) -> None:
         if self.alive():
             return
-        (self._folder / "state.json").unlink(missing_ok=True)
         command = [sys.executable, "-I", "-S", str(self._folder / "server/keeper.py"), self.path]
         environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
         with (self._folder / "log").open("ab") as log:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .. import submission
 from ..config.options import BackendConfig
@@ -17,18 +19,17 @@ from .spec import ModelRef
 
 FLAVOR = "python_function"
 OLDEST_MLFLOW = 3  # its scoring server is FastAPI's; before, it was Flask's
-_VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)$")
-_ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/]+)$")
+_REGISTERED = re.compile(r"models:/[^/]+[/@][^/]+$")
 
 
 def fetch(uri: str, folder: Path, tracking: Tracking, flavor: str | None = None) -> tuple[Path, ModelRef]:
     """Download a model into ``folder`` and look at it. Blocks. Raises RequestError (no such model, or none that the
     scoring server can serve) and TrackingError."""
-    version = _version(uri, tracking)
+    version = tracking.model_version(uri) if _REGISTERED.match(uri) else None
     try:
         path = tracking.fetch_model(uri, folder)
-    except TrackingError as error:
-        if error.transient:
+    except (RequestError, TrackingError) as error:
+        if isinstance(error, TrackingError) and error.transient:
             raise
         raise RequestError(
             f"Model {uri} cannot be fetched.",
@@ -45,7 +46,7 @@ def fetch(uri: str, folder: Path, tracking: Tracking, flavor: str | None = None)
     origin = {key: value for key, value in (version.tags if version else {}).items() if key.startswith(PREFIX)}
     return path, ModelRef(
         uri=uri,
-        source=f"models:/{version.name}/{version.version}" if version else uri,
+        source=_source(uri, version),
         flavor=flavor or FLAVOR,
         flavors=flavors,
         run_id=(version.run_id if version else "") or found.run_id or "",
@@ -127,11 +128,11 @@ def _read(path: Path, uri: str) -> Any:
         raise RequestError(f"{uri} is no MLflow model: its MLmodel file cannot be read.", words=words) from error
 
 
-def _version(uri: str, tracking: Tracking) -> Any:
-    for pattern in (_VERSION, _ALIAS):
-        if named := pattern.match(uri):
-            return tracking.model_version(**named.groupdict())
-    return None
+def _source(uri: str, version: Any) -> str:
+    """What names the same model tomorrow, and from another folder."""
+    if version:
+        return f"models:/{version.name}/{version.version}"
+    return os.path.abspath(uri) if len(urlsplit(uri).scheme) < 2 else uri
 
 
 def _size_bytes(path: Path) -> int:

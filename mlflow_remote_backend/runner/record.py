@@ -190,8 +190,9 @@ class RunRecord:
         return self._call(f"registering model {name!r} from {path!r}", register)
 
     def _registered(self, client: Any, name: str) -> str:
-        versions = client.search_model_versions(f"name = '{name}' and run_id = '{self.run.run_id}'")
-        return next((str(v.version) for v in versions if v.tags.get(PREFIX + "run_id") == self.run.run_id), "")
+        found = client.search_model_versions(f"run_id = '{self.run.run_id}'")
+        ours = (v for v in found if v.name == name and v.tags.get(PREFIX + "run_id") == self.run.run_id)
+        return next((str(v.version) for v in ours), "")
 
     def _register(self, name: str, path: str, tags: Mapping[str, str]) -> str:
         """By the fluent function: it alone finds a model that MLflow 3 keeps beside the run."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from mlflow_remote_backend.deployment import config, model
+import pandas
+import pytest
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
+from mlflow.types import ColSpec, DataType, Schema
+
+from mlflow_remote_backend.deployment import calling, config, model
 from mlflow_remote_backend.deployment.spec import Autoscale, DeploymentSpec, ModelRef, Service
 from mlflow_remote_backend.errors import ConfigError, RequestError
 from mlflow_remote_backend.job import EnvironmentRef
@@ -94,6 +99,19 @@ def test_an_update_changes_only_what_it_says():
     before = config.parse({"compute": "docker", "docker": {"image": "a/b:1"}, "workers": 2}).raw
     after = config.parse({"docker": {"user": "7"}, "workers": None}, before=before)
     assert (after.run.docker.image, after.run.docker.user, after.workers) == ("a/b:1", "7", 1)
+
+
+def test_null_of_the_command_line_takes_a_key_back():
+    before = config.parse({"compute": "docker", "docker": {"user": "7"}, "token_env": "T", "description": "d"}).raw
+    said = {"docker.user": "null", "token_env": "null", "description": "null", "resources.memory": "null"}
+    after = config.parse(said, before=before)
+    assert (after.run.docker.user, after.token_env, after.description) == (None, "", "")
+
+
+def test_bytes_are_sent_as_the_scoring_server_takes_them():
+    sent = calling.body_of(pandas.DataFrame({"image": [bytes(range(256))]}))
+    schema = Schema([ColSpec(DataType.binary, "image")])
+    assert infer_and_parse_data(json.loads(sent), schema)["image"][0] == bytes(range(256))
 
 
 def test_the_token_is_a_variables_name_and_its_value_is_shown_nowhere(monkeypatch):

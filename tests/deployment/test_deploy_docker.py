@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -343,6 +344,33 @@ with keep.held():
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.mark.docker
+@pytest.mark.registry
+def test_whoever_changes_what_somebody_removes_is_told_so(client, config, make_model, capfd):
+    first, slow = make_model("first"), make_model("slow", loads="time.sleep(60)")
+    said = {}
+
+    def change(verb, *arguments, **named) -> None:
+        with pytest.raises(MlflowException) as failed:
+            verb(NAME, *arguments, **named)
+        said[verb.__name__] = str(failed.value)
+
+    for verb, named in ((client.create_deployment, {"config": config}), (client.update_deployment, {})):
+        if not named:
+            client.create_deployment(NAME, first, config=config)
+        changing = threading.Thread(target=change, args=(verb, slow), kwargs=named)
+        capfd.readouterr()
+        changing.start()
+        shown = ""
+        while "loading the model" not in shown:
+            shown += capfd.readouterr().err
+        get_deploy_client("remote:/docker").delete_deployment(NAME)
+        changing.join(10)
+    assert set(said.values()) == {f"Deployment {NAME} was removed by somebody while it was rolled out."}
+    assert set(said) == {"create_deployment", "update_deployment"}
+    assert "goes on" not in capfd.readouterr().err
 
 
 @pytest.mark.docker

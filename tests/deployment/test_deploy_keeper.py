@@ -3,6 +3,7 @@ keep its protocol (``--fd`` sockets); the real one is in the other files."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -254,3 +255,50 @@ def test_stopping_ends_the_servers_too(bench, how):
 
 def children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_server_that_cannot_be_started_again_is_tried_until_it_can(bench, monkeypatch):
+    python = bench.folder / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    bench.want(1, workers=2)
+    monkeypatch.undo()
+    bench.start()
+    bench.serving(1)
+    python.unlink()
+    with contextlib.suppress(OSError):
+        bench.get("/die")
+    log = bench.folder / "log"
+    bench.until(lambda: "cannot be started" in log.read_text())
+    assert bench.get() == "revision 1"
+    python.symlink_to(sys.executable)
+    bench.until(lambda: bench.state()["restarts"] == 1)
+    assert bench.get() == "revision 1"
+
+
+def test_what_failed_is_not_tried_again_by_the_next_keeper(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    bench.want(2, EXIT="3")
+    bench.until(lambda: bench.state().get("failed"))
+    bench.process.kill()  # and whoever wanted revision 2 has died before
+    bench.process.wait()
+    (bench.folder / "state.json").unlink()
+    bench.start()
+    bench.serving(1)
+    assert bench.get() == "revision 1"
+
+
+def test_a_disk_without_room_does_not_end_what_serves(bench):
+    bench.start()
+    bench.want(1, workers=2)
+    bench.serving(1)
+    in_the_way = bench.folder / f"state.json.{bench.process.pid}.tmp"
+    in_the_way.mkdir()
+    with contextlib.suppress(OSError):
+        bench.get("/die")
+    bench.until(lambda: "started again" in (bench.folder / "log").read_text())
+    assert bench.get() == "revision 1"
+    in_the_way.rmdir()
+    bench.until(lambda: bench.state()["restarts"] == 1)

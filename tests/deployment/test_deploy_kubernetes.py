@@ -6,25 +6,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
+from mlflow_remote_backend.compute.kubernetes.api import ApiError
 from mlflow_remote_backend.compute.kubernetes.pod_template import weaknesses
 from mlflow_remote_backend.deployment.kubernetes import manifest, preflight, rollout
-from mlflow_remote_backend.deployment.kubernetes.manifest import AUTOSCALER, BUDGET, INGRESS, SERVICE
+from mlflow_remote_backend.deployment.kubernetes.manifest import (
+    AUTOSCALER,
+    BUDGET,
+    INGRESS,
+    SERVICE,
+    replacing_beside,
+)
 from mlflow_remote_backend.deployment.kubernetes.rollout import Seen
+from mlflow_remote_backend.deployment.kubernetes.target import KubernetesTarget
 from mlflow_remote_backend.deployment.server import prepare, serve
 from mlflow_remote_backend.deployment.spec import (
     Autoscale,
     DeploymentSpec,
     Ingress,
     ModelRef,
+    Order,
     Secrets,
     Service,
     State,
 )
-from mlflow_remote_backend.errors import ConfigError, RequestError
+from mlflow_remote_backend.errors import ConfigError, DeploymentFailed, RequestError
 from mlflow_remote_backend.job import EnvironmentRef, Reason
 
 OPTIONS = {"runner_image": "registry.example.com/runner:1", "image": "registry.example.com/team/server:3"}
@@ -140,6 +152,27 @@ def test_an_update_keeps_what_others_added_and_what_the_autoscaler_did():
     assert (replaced["metadata"]["labels"]["team"], replaced["spec"]["replicas"]) == ("b", 5)
     assert "old" not in replaced["metadata"]["labels"]
     assert manifest.replacing(live, new, None, autoscaled=False)["spec"]["replicas"] == 2
+
+
+@pytest.mark.parametrize("replacing", [partial(manifest.replacing, before=None, autoscaled=False), replacing_beside])
+def test_an_update_leaves_the_finalizers_that_others_wait_for(replacing):
+    made = manifest.beside(spec(), "a1")[SERVICE]
+    live = {**made, "metadata": {**made["metadata"], "resourceVersion": "7", "finalizers": ["example.com/balancer"]}}
+    replaced = replacing(live, made)["metadata"]
+    assert (replaced["resourceVersion"], replaced["finalizers"]) == ("7", ["example.com/balancer"])
+
+
+def test_whoever_changes_what_is_removed_is_told_so(monkeypatch):
+    target = KubernetesTarget({})
+    monkeypatch.setattr(target, "_events", lambda name: [])
+    gone = ApiError("Kubernetes does not know it.", status=404)
+    monkeypatch.setattr(target, "_look", Mock(side_effect=gone))
+    with pytest.raises(DeploymentFailed, match="was removed by somebody"):
+        target._await(spec(), "a1", Mock(), Mock())
+    going = {"metadata": {"name": "toy", "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    monkeypatch.setattr(target, "_ours", lambda name: going)
+    with pytest.raises(RequestError, match="is being removed"):
+        target._update(Order(spec(), Path()), "a1", Mock())
 
 
 def test_a_signature_of_thousands_of_columns_does_not_break_the_limit_of_annotations():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_remote_backend import cli
 from mlflow_remote_backend.deployment import calling, looking
 from mlflow_remote_backend.deployment.kept import KeptTarget
-from mlflow_remote_backend.deployment.local import FileTail
+from mlflow_remote_backend.deployment.local import FileTail, LocalTarget
 from mlflow_remote_backend.deployment.server import keeper
 from mlflow_remote_backend.errors import ComputeError
 
@@ -71,6 +72,8 @@ def test_a_registered_model_says_where_it_came_from(trained):
 def test_what_cannot_be_deployed_is_refused_before_anything_exists(client, make_model, home, tmp_path):
     with pytest.raises(MlflowException, match=r"cannot be fetched|refused"):
         client.create_deployment("toy", "models:/nobody-registered-this/1", config=HERE)
+    with pytest.raises(MlflowException, match=r"Model \S*/no-folder cannot be fetched(.|\n)*or a folder"):
+        client.create_deployment("toy", str(tmp_path / "no-folder"), config=HERE)
     (tmp_path / "no-model").mkdir()
     with pytest.raises(MlflowException, match="is no MLflow model"):
         client.create_deployment("toy", str(tmp_path / "no-model"), config=HERE)
@@ -81,6 +84,68 @@ def test_what_cannot_be_deployed_is_refused_before_anything_exists(client, make_
         with pytest.raises(MlflowException, match="cannot be taken"):
             client.create_deployment("toy", make_model("second"), config=config)
     assert not list(state_folder(home).iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "../../.."])
+def test_what_is_no_name_deletes_nothing(client, home, name):
+    kept = [state_folder(home) / "toy" / "spec.json", state_folder(home).parent / "elsewhere" / "file"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(MlflowException, match="cannot be a deployment's name"):
+        client.delete_deployment(name)
+    assert LocalTarget().find(name) is None
+    assert all(path.exists() for path in kept)
+    shutil.rmtree(state_folder(home) / "toy")
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_address_of_ipv6_is_served(client, make_model, host):
+    made = client.create_deployment("toy", make_model("first"), config={**HERE, "service": {"host": host}})
+    assert made["url"].startswith("http://[::1]:")
+    assert client.predict("toy", ONE)["predictions"] == [1]
+
+
+def test_the_old_token_is_used_until_the_new_version_serves_and_after_its_maker_died(
+    client, make_model, monkeypatch, home, until
+):
+    monkeypatch.setenv("THE_TOKEN", "first-token")
+    client.create_deployment("toy", make_model("first"), config={**HERE, "token_env": "THE_TOKEN"})
+    broken = make_model("broken", loads="time.sleep(2); raise RuntimeError('no such luck')")
+    monkeypatch.setattr(KeptTarget, "_await", lambda *args: os._exit(9))
+    monkeypatch.setenv("THE_TOKEN", "second-token")
+    child = os.fork()
+    if child == 0:
+        try:
+            client.update_deployment("toy", broken, config={"token_env": "THE_TOKEN"})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert client.get_deployment("toy")["state"] == "updating"
+    assert client.predict("toy", ONE)["predictions"] == [1]
+    until(lambda: client.get_deployment("toy")["state"] == "ready")
+    assert client.predict("toy", ONE)["predictions"] == [1]
+
+
+def test_an_update_that_names_no_model_serves_the_same_one(client, sqlite_tracking, make_model, tmp_path, monkeypatch):
+    registry = mlflow.MlflowClient()
+    registry.create_registered_model("toy")
+    for predicts in ("1", "2"):
+        registry.create_model_version("toy", make_model(f"version-{predicts}", predicts=predicts))
+    registry.set_registered_model_alias("toy", "champion", "1")
+    client.create_deployment("toy", "models:/toy@champion", config=HERE)
+    registry.set_registered_model_alias("toy", "champion", "2")
+    made = client.update_deployment("toy", config={"description": "only words"})
+    assert (made["model_uri"], made["model_version"]) == ("models:/toy@champion", "toy/1")
+    assert client.predict("toy", ONE)["predictions"] == [1]
+    assert client.update_deployment("toy", "models:/toy/latest")["model_version"] == "toy/2"
+
+    make_model("third", predicts="3")
+    monkeypatch.chdir(tmp_path)
+    client.update_deployment("toy", "third-model")
+    monkeypatch.chdir("/")
+    client.update_deployment("toy", config={"description": "from elsewhere"})
+    assert client.predict("toy", ONE)["predictions"] == [3]
 
 
 def test_secrets_are_in_files_that_only_their_user_reads(client, make_model, monkeypatch, home):
@@ -102,6 +167,8 @@ def test_a_killed_keeper_takes_its_servers_along_and_an_update_starts_anew(clien
     os.kill(state["pid"], signal.SIGKILL)
     until(lambda: not [pid for pid, line in home.processes().items() if "serve.py" in line])
     assert client.get_deployment("toy")["state"] == "stopped"
+    with pytest.raises(MlflowException, match=r"toy is stopped.\n.*update starts it again"):
+        client.predict("toy", ONE)
     assert client.update_deployment("toy")["state"] == "ready"
     assert client.predict("toy", ONE)["predictions"] == [1]
 
@@ -207,6 +274,21 @@ def test_gc_removes_what_never_served_and_nothing_else(client, make_model, home,
     assert cli.main(["gc"]) == 0
     assert sorted(path.name for path in state_folder(home).iterdir() if path.is_dir()) == ["toy"]
     assert client.get_deployment("toy")["state"] == "ready"
+
+
+def test_gc_leaves_what_has_served_and_cannot_be_started_again(client, make_model, home, until):
+    with keeper.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    made = client.create_deployment("toy", make_model("first"), config={**HERE, "service": {"port": port}})
+    os.kill(json.loads((state_folder(home) / "toy" / "state.json").read_text())["pid"], signal.SIGKILL)
+    until(lambda: silent(made["url"]))
+    with keeper.listen("127.0.0.1", port):
+        with pytest.raises(MlflowException, match="cannot be taken"):
+            client.update_deployment("toy")
+        until(lambda: client.get_deployment("toy")["state"] == "stopped")
+        os.utime(state_folder(home) / "toy", (0, 0))
+        assert cli.main(["gc"]) == 0
+    assert client.update_deployment("toy")["state"] == "ready"
 
 
 def test_places_that_do_not_answer_are_named_and_keep_nobody_waiting(client, make_model, tmp_path, monkeypatch, capsys):

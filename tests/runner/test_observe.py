@@ -556,7 +556,7 @@ def log_a_model(run: RunRef) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_is_registered_after_a_good_end(run: RunRef, start: Callable[..., Observed], tmp_path: Path) -> None:
     log_a_model(run)
-    name = f"model-{run.run_id}"
+    name = f"Bob's model {run.run_id}"
     wish = {"register_model": {"name": name, "path": "model", "alias": "champion", "tags": {"team": "a"}}}
     observed = start(run, "exit 0", spec=wish)
     observed.ended()

@@ -328,7 +328,7 @@ def replacing(live: Mapping[str, Any], made: Document, before: DeploymentSpec | 
     ours.
     """
     metadata, found = dict(made["metadata"]), live["metadata"]
-    metadata["resourceVersion"] = found["resourceVersion"]
+    metadata |= {key: found[key] for key in ("resourceVersion", "finalizers") if key in found}
     for kind in ("labels", "annotations"):
         ours_before = getattr(before, kind) if before is not None else {}
         others = {key: value for key, value in (found.get(kind) or {}).items() if key not in ours_before}
@@ -342,7 +342,7 @@ def replacing(live: Mapping[str, Any], made: Document, before: DeploymentSpec | 
 def replacing_beside(live: Mapping[str, Any], made: Document) -> Document:
     """The same for an object that stands beside it: what Kubernetes has filled in (a Service's address) stays."""
     metadata, found = dict(made["metadata"]), live["metadata"]
-    metadata |= {"resourceVersion": found["resourceVersion"], "ownerReferences": found.get("ownerReferences") or []}
+    metadata |= {key: found[key] for key in ("resourceVersion", "ownerReferences", "finalizers") if key in found}
     metadata["annotations"] = {**(found.get("annotations") or {}), **metadata["annotations"]}
     kept = {key: live["spec"][key] for key in _FILLED_IN if key in live["spec"]} if made["kind"] == "Service" else {}
     return {**made, "metadata": metadata, "spec": {**kept, **made["spec"]}}

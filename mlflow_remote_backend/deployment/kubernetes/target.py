@@ -21,7 +21,7 @@ from ...compute.kubernetes.preflight import pinned
 from ...errors import ComputeError, DeploymentFailed, RequestError
 from ...job import Diagnosis, Reason
 from .. import calling, diagnosis
-from ..kept import name_taken, no_such
+from ..kept import name_taken, no_such, removed
 from ..spec import NAME_LABEL, Answer, DeploymentSpec, DeploymentStatus, Order, Secrets
 from ..target import Watcher
 from . import logs, manifest, preflight, rollout
@@ -104,7 +104,7 @@ class KubernetesTarget:
             self._update(order, attempt, watcher)
         status = self.status(order.spec.name)
         if status is None:
-            raise DeploymentFailed(f"Deployment {order.spec.name} was removed by somebody while it was rolled out.")
+            raise removed(order.spec.name)
         return status
 
     def _create(self, order: Order, attempt: str, watcher: Watcher) -> None:
@@ -130,6 +130,8 @@ class KubernetesTarget:
     def _update(self, order: Order, attempt: str, watcher: Watcher) -> None:
         spec = order.spec
         live = self._ours(spec.name)
+        if objects.deleted_at(live):
+            raise RequestError(f"Deployment {spec.name} is being removed.", hint="Create it anew once it is gone.")
         secrets = order.secrets if order.secrets is not None else self._secrets_of(live)
         made = self._made(spec, secrets, order.credentials, attempt)
         secret = manifest.owned(manifest.secret(spec, secrets, order.credentials, attempt), objects.uid(live))
@@ -250,6 +252,8 @@ class KubernetesTarget:
                 seen = self._look(spec.name, events)
                 answered = now
             except ApiError as error:
+                if error.status == 404:
+                    raise removed(spec.name) from error
                 if not error.transient or now - answered > AWAY_S:
                     raise
                 watcher.say(f"the API server does not answer: {error.words}")

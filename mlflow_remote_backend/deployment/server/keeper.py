@@ -8,7 +8,8 @@ One file, standard library only, Python 3.7 or newer: it runs in the user's imag
     wanted.json   what shall run; replaced by whoever wants something else:
                   {"revision", "attempt", "argv", "env", "workers", "patience_s", "grace_s"} and "listen", another
                   {"host", "port"} for it; port 0 is the one that there is
-    state.json    what is: {"pid", "host", "port", "serving", "failed", "restarts", "exit", "at"}
+    state.json    what is: {"pid", "host", "port", "serving", "served", "failed", "restarts", "exit", "at"};
+                  "served": whether anything ever did, under this keeper or one before
     stop          somebody asked to end it all
     lock          held (flock) as long as we live
 
@@ -16,7 +17,7 @@ One file, standard library only, Python 3.7 or newer: it runs in the user's imag
   of its own, on which we ask ``/ping`` and ``/version`` until it answers. Only when all workers of a revision answer,
   the servers of the one before are told to end (SIGTERM; SIGKILL after ``grace_s``): the port is never closed.
 - A new revision that dies, or does not answer within ``patience_s``, is ended and reported in ``failed``; the servers
-  before it go on.
+  before it go on, and are what is wanted again: whoever asked for the new one may be gone.
 - A server that dies while it serves is started again, after 1, 2, 4 … 30 s. Requests wait in the port's queue.
 - A revision that listens elsewhere has the new port before the old one is closed, which is when the old servers end.
 - As a container's first process, we collect whatever orphan ends there.
@@ -90,6 +91,10 @@ def listen(host: str, port: int, beside: socket.socket | None = None) -> socket.
     return made
 
 
+def has_served(folder: str) -> bool:
+    return bool((read_json(os.path.join(folder, "state.json")) or {}).get("served"))
+
+
 def oom_kills() -> int:
     """How many processes the kernel killed for this container's memory limit (cgroup 2, cgroup 1); 0 where that cannot
     be known."""
@@ -141,7 +146,7 @@ class Server:
 
 
 class Revision:
-    """The servers of one ``wanted.json``."""
+    """The servers of one ``wanted.json``: all are started, or none. Raises OSError."""
 
     def __init__(self, wanted: Any, public: socket.socket) -> None:
         self.wanted = wanted
@@ -151,7 +156,13 @@ class Revision:
         self.restarts = 0
         self.exit = 0
         self._pause_s, self._next_start = 1.0, 0.0
-        self.servers = [Server(wanted, public) for _ in range(wanted["workers"])]
+        self.servers: list[Server] = []
+        try:
+            for _ in range(wanted["workers"]):
+                self.servers.append(Server(wanted, public))
+        except OSError:
+            self.end(0)
+            raise
 
     def ready(self) -> bool:
         return all(each.probe() for each in self.servers)
@@ -173,7 +184,13 @@ class Revision:
                 self.exit, changed = code, True
                 say(f"a server ended with exit code {code}; it is started again")
             if time.monotonic() >= self._next_start:
-                self.servers[place] = Server(self.wanted, self.public)
+                try:
+                    self.servers[place] = Server(self.wanted, self.public)
+                except OSError as error:  # no memory for it just now
+                    say(f"the server cannot be started: {error}")
+                    self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+                    self._next_start = time.monotonic() + self._pause_s
+                    continue
                 self.restarts += 1
                 changed = True
         return changed
@@ -199,11 +216,13 @@ class Keeper:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.stopping = False
+        self.untold = True
         self.serving: Revision | None = None
         self.coming: Revision | None = None
         self.failed: dict[str, Any] | None = None
         self._kills = 0
         self._seen: Any = None
+        self.served = has_served(folder)
         asked = read_json(self._path("listen.json"))
         self.public = listen(asked["host"], asked["port"])
         self.public.set_inheritable(False)
@@ -214,22 +233,28 @@ class Keeper:
         return os.path.join(self.folder, name)
 
     def tell(self) -> None:
+        """Tried again until it works: a full disk must not end what serves."""
         serving = self.serving
         state = {
             "pid": os.getpid(),
             "host": self.host,
             "port": self.port,
             "serving": serving.number if serving else None,
+            "served": self.served,
             "failed": self.failed,
             "restarts": serving.restarts if serving else 0,
             "exit": serving.exit if serving else 0,
             "at": time.time(),
         }
-        write_json(self._path("state.json"), state)
+        self.untold = True
+        with suppress(OSError):
+            write_json(self._path("state.json"), state)
+            self.untold = False
 
     def run(self) -> None:
-        self.tell()
         while not self.stopping and not os.path.exists(self._path("stop")):
+            if self.untold:
+                self.tell()
             self.look_at_wanted()
             if self.coming is not None:
                 self.judge(self.coming)
@@ -296,6 +321,9 @@ class Keeper:
         return before
 
     def fail(self, wanted: Any, code: int | None, why: str, words: str = "") -> None:
+        if self.serving is not None and read_json(self._path("wanted.json")) == wanted:
+            with suppress(OSError):
+                write_json(self._path("wanted.json"), self.serving.wanted)
         self.failed = {
             "revision": wanted["revision"], "attempt": wanted["attempt"], "exit": code, "why": why, "words": words
         }  # fmt: skip
@@ -304,7 +332,7 @@ class Keeper:
         """Whether the new revision takes over, is given up, or needs more time."""
         code = coming.first_exit()
         if code is None and coming.ready():
-            before, self.serving, self.coming = self.serving, coming, None
+            before, self.serving, self.coming, self.served = self.serving, coming, None, True
             self.give_up(self.move_to(coming))  # its servers have it too: it is closed when they stop accepting
             self.tell()
             if before is not None:
@@ -321,7 +349,8 @@ class Keeper:
 
 
 def say(text: str) -> None:
-    print("mlflow-remote: " + text, flush=True)
+    with suppress(OSError):  # the disk is full
+        print("mlflow-remote: " + text, flush=True)
 
 
 def reap(ours: list[subprocess.Popen[bytes]]) -> None:
@@ -375,8 +404,10 @@ def main(folder: str) -> int:
     try:
         keeper = Keeper(folder)
     except OSError as error:
-        failed = {"exit": 1, "why": "port", "words": str(error)}
-        write_json(os.path.join(folder, "state.json"), {"pid": os.getpid(), "failed": failed})
+        attempt = (read_json(os.path.join(folder, "wanted.json")) or {}).get("attempt")
+        failed = {"attempt": attempt, "exit": 1, "why": "port", "words": str(error)}
+        state = {"pid": os.getpid(), "served": has_served(folder), "failed": failed}
+        write_json(os.path.join(folder, "state.json"), state)
         say(f"the port cannot be taken: {error}")
         return 1
 
