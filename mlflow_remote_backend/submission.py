@@ -148,7 +148,7 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     spec = describe(run, found, config, packed, locked)
     compute = computes.from_options(config.compute, spec.options)
     request = compute.render(spec)
-    secrets = secrets_of(config, os.environ)
+    secrets = secrets_of(config, os.environ, locked)
     notices = (*packed.warnings, *compute.check(request, secrets))
     for notice in notices:
         say(notice)
@@ -287,15 +287,17 @@ def describe(
     )
 
 
-def secrets_of(config: BackendConfig, environ: Mapping[str, str]) -> Secrets:
-    """What travels as secrets: ``pass_env``, and by an open-ended rule all that may open MLflow or its store."""
+def secrets_of(config: BackendConfig, environ: Mapping[str, str], locked: EnvironmentRef) -> Secrets:
+    """What travels as secrets: ``pass_env``, by an open-ended rule all that may open MLflow or its store, and what the
+    environment's indexes and channels are addressed with. Raises EnvironmentError_: one of these is not set."""
     forwarded = {key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED}
     elsewhere = {key: value for key, value in forwarded.items() if key not in HERE_ONLY}
     network = {key: environ[key] for key in NETWORK if key in environ}
     of_program = forwarded if config.compute == "local" else elsewhere
     of_runner = elsewhere if config.compute == "kubernetes" else forwarded
     program = {**network, **of_program, **config.pass_env}
-    return Secrets(program, {**network, **of_runner, **_registry_credentials(config)})
+    runner = {**network, **of_runner, **_registry_credentials(config), **_index_credentials(config, locked)}
+    return Secrets(program, runner)
 
 
 def _registry_credentials(config: BackendConfig) -> dict[str, str]:
@@ -305,6 +307,15 @@ def _registry_credentials(config: BackendConfig) -> dict[str, str]:
     from .compute.docker.engine import AUTH_VARIABLE
 
     return {AUTH_VARIABLE: json.dumps(dict(config.docker.auth))}
+
+
+def _index_credentials(config: BackendConfig, locked: EnvironmentRef) -> dict[str, str]:
+    """For whoever makes the environment; on this machine that is a process with the caller's own variables."""
+    if config.compute in ("local", "docker"):
+        return {}
+    from .environment import indexes
+
+    return indexes.secrets((*locked.indexes, *locked.channels))
 
 
 # -- creating: from here on a failure ends the run ---------------------------------------------------------------------

@@ -304,7 +304,7 @@ def _apply(
         spec = describe(draft, made, found, locked, secrets, tracking.uri)
         for notice in where.check(spec):
             watcher.say(notice)
-        credentials = submission.secrets_of(made.run, os.environ).runner
+        credentials = submission.secrets_of(made.run, os.environ, locked).runner
         status = where.apply(Order(spec, folder, secrets, credentials), watcher)
     watcher.say(f"deployment {spec.name} answers at {status.url}/invocations")
     return status

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ SCRIPTS_TIMEOUT_S = 60
 
 #: In a recorded value, where the variable's value at the time of activation belongs.
 _FORMER = "\0FORMER\0"
+
+#: Between a recorded value for a variable that is not set and one for a variable that is.
+_IF_SET = "\0IF SET\0"
+
+#: What a variable is set to, to see where a script puts its former value.
+_PROBE = "mlflow-remote-former-value"
 
 _STATUS = "MLFLOW_REMOTE_SCRIPT_STATUS"
 
@@ -52,7 +58,9 @@ def activation(
     other = {"CONDA_PREFIX": "VIRTUAL_ENV", "VIRTUAL_ENV": "CONDA_PREFIX"}[kind]
     changed |= {name: "" for name in (other, "PYTHONHOME") if environ.get(name)}
     for name, recorded in marker.get("activation", {}).items():
-        changed[name] = recorded.replace(_FORMER, changed.get(name, environ.get(name, "")))
+        former = changed.get(name, environ.get(name, ""))
+        unset, _, if_set = recorded.partition(_IF_SET)
+        changed[name] = (if_set if former and if_set else unset).replace(_FORMER, former)
     return {**changed, **(env_vars or {})}
 
 
@@ -84,9 +92,10 @@ def _script_variables(prefix: Path) -> dict[str, str]:
     environ = _clean_environment(prefix)
     for script in scripts:
         after = _source(script, prefix, environ)
+        probed = _probed(script, prefix, environ, after.keys() - environ.keys() - _SHELL_OWN)
         for name in (environ.keys() | after.keys()) - _SHELL_OWN | {"PATH"}:
             if name in after and after[name] != environ.get(name):
-                changed[name] = _template(name, environ, after, changed.get(name))
+                changed[name] = _template(name, environ, after, changed.get(name)) + probed.get(name, "")
         environ = after
     return changed
 
@@ -96,7 +105,24 @@ def _template(name: str, before: Mapping[str, str], after: Mapping[str, str], fo
     value, old = after[name], before.get(name, "")
     if not old or old not in value:
         return value
-    return value.replace(old, _FORMER if former is None else former, 1)
+    formers = (_FORMER if former is None else former).split(_IF_SET)
+    return _IF_SET.join(value.replace(old, each, 1) for each in formers)
+
+
+def _probed(script: Path, prefix: Path, environ: Mapping[str, str], added: Set[str]) -> dict[str, str]:
+    """What a script would make of a former value of the variables that it ``added``, where it would keep that value."""
+    if not added:
+        return {}
+    try:
+        after = _source(script, prefix, {**environ, **dict.fromkeys(added, _PROBE)})
+    except ScriptFailed:
+        return {}
+    values = {name: after.get(name, "") for name in added}
+    return {
+        name: _IF_SET + value.replace(_PROBE, _FORMER, 1)
+        for name, value in values.items()
+        if _PROBE in value and value != _PROBE
+    }
 
 
 def _clean_environment(prefix: Path) -> dict[str, str]:

@@ -55,9 +55,16 @@ _INDEX_NAMES = {
 
 
 def lock(
-    spec: EnvSpec, platforms: Sequence[str], *, index_lines: Sequence[str], root: Path, solving: Callable[[str], None]
+    spec: EnvSpec,
+    platforms: Sequence[str],
+    *,
+    index_lines: Sequence[str],
+    root: Path,
+    solving: Callable[[str], None],
+    warn: Callable[[str], object] = lambda notice: None,
 ) -> str:
-    """The text of a ``conda-lock.yml`` for ``platforms``. ``solving`` is told what is being solved.
+    """The text of a ``conda-lock.yml`` for ``platforms``. ``solving`` is told what is being solved, ``warn`` what is
+    missing.
 
     Blocks for a second to minutes. Raises EnvironmentError_ in the solver's words.
     """
@@ -66,7 +73,7 @@ def lock(
         solving(", ".join(platforms))
         document = _lock_conda(spec, platforms, channels, folder, root)
     if spec.packages.requirements:
-        pip = [row for platform in platforms for row in _lock_pip(spec, document, platform, index_lines, root)]
+        pip = [row for platform in platforms for row in _lock_pip(spec, document, platform, index_lines, root, warn)]
         document["package"] += pip
     return _render(document)
 
@@ -169,7 +176,12 @@ def _unsolved(spec: EnvSpec, platforms: Sequence[str], said: str) -> Environment
 
 
 def _lock_pip(
-    spec: EnvSpec, document: Mapping[str, Any], platform: str, index_lines: Sequence[str], root: Path
+    spec: EnvSpec,
+    document: Mapping[str, Any],
+    platform: str,
+    index_lines: Sequence[str],
+    root: Path,
+    warn: Callable[[str], object],
 ) -> list[dict[str, Any]]:
     conda = [row for row in document["package"] if row["platform"] == platform]
     python = next((str(row["version"]) for row in conda if row["name"] == "python"), "")
@@ -186,6 +198,7 @@ def _lock_pip(
         root=root,
         provided=provided_by_conda(conda),
         shown=f"The pip part of {spec.shown}",
+        warn=warn,
     )
     return [lockfile.pip_row_document(row, platform) for row in rows]
 

@@ -18,21 +18,21 @@ _CONDA_TOKEN = re.compile(r"(?<=/t/)(?P<token>[^/\s]+)(?=/)")
 
 
 def has_literal(url: str) -> bool:
-    """Whether the URL carries a credential in clear: user information or a conda token that is no ``$VARIABLE``.
+    """Whether text with URLs carries a credential in clear: user information or a conda token that is no ``$VARIABLE``.
 
     A user name beside a password is none. Alone it counts over HTTP, where it may be a token, and not over SSH, where
     ``git@`` is an address.
     """
-    token = _CONDA_TOKEN.search(url)
-    if token and _PLACEHOLDER.sub("", token["token"]):
+    if any(_PLACEHOLDER.sub("", match["token"]) for match in _CONDA_TOKEN.finditer(url)):
         return True
-    match = _USERINFO.search(url)
-    if not match:
+    return any(_is_literal(match["scheme"], match["userinfo"]) for match in _USERINFO.finditer(url))
+
+
+def _is_literal(scheme: str, userinfo: str) -> bool:
+    user, _, password = userinfo.partition(":")
+    if not password and not re.match(r"(\w+\+)?https?://", scheme):
         return False
-    user, colon, password = match["userinfo"].partition(":")
-    if not colon and not re.match(r"(\w+\+)?https?://", match["scheme"]):
-        return False
-    return _PLACEHOLDER.sub("", password if colon else user) != ""
+    return _PLACEHOLDER.sub("", password or user) != ""
 
 
 def strip(url: str) -> str:

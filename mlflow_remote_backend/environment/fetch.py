@@ -91,13 +91,14 @@ class _Counter:
 def _place(row: Row, channels: Sequence[str]) -> str:
     """Where to fetch an archive: from the channel's mirror if there is one, with ``${NAME}`` for its credentials.
 
-    ``channels``: lines ``NAME URL`` of the channels that are found elsewhere or need credentials.
+    ``channels``: lines ``NAME URL``.
     """
     base, subdir, filename = row.url.rsplit("/", 2)
-    for line in channels:
-        name, _, url = line.partition(" ")
-        if base in (name.rstrip("/"), credentials.strip(url)) or base.rsplit("/", 1)[-1] == name:
-            return f"{url.rstrip('/')}/{subdir}/{filename}"
+    pairs = [line.split(" ", 1) for line in channels]
+    same = [url for name, url in pairs if base in (name.rstrip("/"), credentials.strip(url).rstrip("/"))]
+    namesakes = [url for name, url in pairs if base.rsplit("/", 1)[-1] == name]
+    for url in (*same, *namesakes):
+        return f"{url.rstrip('/')}/{subdir}/{filename}"
     return row.url
 
 

@@ -15,8 +15,10 @@ CHANNEL = (
 
 CACHE = "The folder must be writable; MLFLOW_REMOTE_CACHE names another one."
 
+# words of their own: async-timeout and dnspython are packages
 _UNREACHABLE = (
-    r"[Cc]onnect|timed? ?out|dns|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError"
+    r"(?<![\w-])(?:[Cc]onnect(?:ion|ing)?|[Tt]imed? ?out|dns)(?![\w-])|Connect(?:ion)?Error"
+    r"|resolve host|error sending request|unreachable|[Ff]ailed to fetch|NetworkError"
 )
 
 
@@ -31,15 +33,19 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"No space left|ENOSPC|Disk quota", _DISK),
     (r"[Hh]ash(es)? mismatch|sha256 mismatch|[Hh]ashes? (do|does) not match", HASH),
     (
-        rf"{_status('401|403')}|[Uu]nauthorized|[Aa]uthentication",
+        rf"{_status('401|403')}|[Uu]nauthorized|[Aa]uthentication|could not read Username|denied \(publickey",
         "Credentials are taken from ~/.netrc, a keyring, or variables named in the URL: https://${USER}:${PASSWORD}@…",
     ),
     (r"[Cc]ertificate|UnknownIssuer|self.signed", "Name your company's certificates in SSL_CERT_FILE."),
     (r"Bad CRC|[Ff]ailed to extract|invalid [Zz]ip|corrupt", "The file is damaged, on its way or where it is kept. "),
     (
-        r"No module named|ModuleNotFoundError|build_backend|backend",
+        r"No module named|ModuleNotFoundError|build[ _]backend|backend\.build",
         "A package that must be built needs its build tools in the lock: add them to build_dependencies "
         "(python_env.yaml) or to pip (conda.yaml).",
+    ),
+    (
+        rf"{_status('404')}|could not find subdir|could not be found in channel|repository '.*' not found",
+        "There is no such thing at that address. ",
     ),
     (
         _UNREACHABLE,
@@ -48,10 +54,6 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (
         r"requires-python|Python.?[<>=]|current Python|python_abi|requested Python",
         "Ask for another Python version or for other versions of these packages.",
-    ),
-    (
-        rf"{_status('404')}|could not find subdir|could not be found in channel",
-        "There is no such thing at that address. ",
     ),
     (
         r"cannot be installed because|conflict",

@@ -30,6 +30,7 @@ LIKE_PIP = "--index-strategy unsafe-best-match"
 
 _PIP_KEYS = ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host")
 _PREFIX = "MLFLOW_REMOTE_INDEX"
+_NAMED = re.compile(r"[\w.-]+=(?=\w+:)")  # uv takes NAME=URL too
 CHANNEL_SETTINGS_HINT = (
     "Where a channel is found can be set in the backend config: environment.channel_alias for all names, "
     "environment.channel_map for one, environment.channels to use others."
@@ -111,9 +112,20 @@ def _uv_lines() -> Iterator[tuple[str, dict[str, str]]]:
     places = [("--index-url", default)] if default else []
     places += [("--extra-index-url", url) for url in extra] + [("--find-links", place) for place in find_links]
     for number, (option, place) in enumerate(places):
-        place = re.sub(r"^[\w.-]+=(?=\w+:)", "", place)  # uv takes NAME=URL too
-        url, values = _named(place, f"{_PREFIX}_UV{number}")
-        yield f"{option} {url}", values
+        name, _, url = place.partition("=") if _NAMED.match(place) else ("", "", place)
+        url, values = _named(url, f"{_PREFIX}_UV{number}")
+        yield f"{option} {_with_variables(url, name)}", values
+
+
+def _with_variables(url: str, name: str) -> str:
+    """The URL of an index that uv knows by a name, with the variables where uv looks for its credentials."""
+    variable = f"UV_INDEX_{re.sub(r'[^A-Z0-9]', '_', name.upper())}"
+    user, password = (part if part in os.environ else "" for part in (f"{variable}_USERNAME", f"{variable}_PASSWORD"))
+    parts = urlsplit(url)
+    if not (user or password) or "@" in parts.netloc:
+        return url
+    userinfo = (f"${{{user}}}" if user else "") + (f":${{{password}}}" if password else "")
+    return parts._replace(netloc=f"{userinfo}@{parts.netloc}").geturl()
 
 
 def _words(variable: str) -> list[str]:
@@ -146,13 +158,18 @@ def _uv_file() -> _UvFile:
 def _uv_indexes(document: Mapping[str, Any]) -> _UvFile:
     table = {**document, **document.get("pip", {})}
     listed = document.get("index", [])
-    default = [each["url"] for each in listed if each.get("default")]
-    extra = [each["url"] for each in listed if not each.get("default") and not each.get("explicit")]
+    default = [_named_place(each) for each in listed if each.get("default")]
+    extra = [_named_place(each) for each in listed if not each.get("default") and not each.get("explicit")]
     return _UvFile(
         default[0] if default else table.get("index-url", ""),
         tuple(extra or table.get("extra-index-url", [])),
         tuple(table.get("find-links", [])),
     )
+
+
+def _named_place(index: Mapping[str, Any]) -> str:
+    named = index.get("name") and "://" in index["url"]
+    return f"{index['name']}={index['url']}" if named else str(index["url"])
 
 
 def _named(url: str, name: str) -> tuple[str, dict[str, str]]:

@@ -38,7 +38,8 @@ class Row:
     """One locked package. ``hashes``: ``sha256`` in hex, any of which the file may have; empty for a git revision.
 
     ``url``: where the file was seen, without credentials; ``direct``: asked for by URL, not from an index.
-    ``revision``: the commit of a ``git+`` URL. ``marker``: PEP 508, where a lock covers several platforms.
+    ``revision``: the commit of a ``git+`` URL; ``subdirectory``: where in what ``url`` names the package stands.
+    ``marker``: PEP 508, where a lock covers several platforms.
     """
 
     manager: str
@@ -48,12 +49,22 @@ class Row:
     url: str = ""
     direct: bool = False
     revision: str = ""
+    subdirectory: str = ""
     marker: str = ""
     size_bytes: int = 0
 
     @property
     def filename(self) -> str:
         return PurePosixPath(unquote(urlsplit(self.url).path)).name
+
+    @property
+    def address(self) -> str:
+        """The URL of a direct row as pip reads it, with commit and subdirectory."""
+        return self.url + (f"@{self.revision}" if self.revision else "") + self.fragment
+
+    @property
+    def fragment(self) -> str:
+        return f"#subdirectory={self.subdirectory}" if self.subdirectory else ""
 
     @property
     def built(self) -> bool:
@@ -64,7 +75,10 @@ class Row:
 def lock_key(rows: Iterable[Row], platform: str, python: str = "") -> str:
     """The identity of the software: a ``sha256`` in hex. ``python``: the version wanted of a venv; its minor counts."""
     minor = ".".join(python.split(".")[:2])
-    table = sorted([row.manager, row.name, row.version, row.marker, row.revision, *sorted(row.hashes)] for row in rows)
+    table = sorted(
+        [row.manager, row.name, row.version, row.marker, row.revision + row.fragment, *sorted(row.hashes)]
+        for row in rows
+    )
     return digest([SCHEMA, platform, minor, table])
 
 
@@ -114,47 +128,65 @@ def _conda_lock_row(raw: Mapping[str, Any], shown: str) -> Row:
     name, version = str(raw["name"]), str(raw["version"])
     if raw["manager"] == "pip":
         name = canonicalize_name(name)
-    if credentials.has_literal(url):
-        raise EnvironmentError_(
-            f"{shown} holds a credential in the URL of {name}.", hint="Lock anew, and revoke that credential."
-        )
+    _refuse_literal(url, name, shown)
     if url.startswith("git+"):
         # conda-lock itself writes the commit where a digest belongs
-        address, _, revision = url.rpartition("@")
-        revision = revision.partition("#")[0]
-        if not _REVISION.match(revision):
-            raise EnvironmentError_(f"{shown}: {name} is not pinned to a commit: {url}")
-        return Row("pip", name, version, url=address, direct=True, revision=revision)
+        return _git_row(name, version, url, shown)
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise EnvironmentError_(
             f"{shown} has no sha256 for {name} {version}, so its content cannot be verified.",
             hint="Lock anew: mlflow-remote lock.",
         )
-    return Row(str(raw["manager"]), name, version, (sha256,), url, direct=bool(raw.get("source")))
+    url, subdirectory = _split(url)
+    direct = bool(raw.get("source"))
+    return Row(str(raw["manager"]), name, version, (sha256,), url, direct=direct, subdirectory=subdirectory)
+
+
+def _refuse_literal(url: str, name: str, shown: str) -> None:
+    if credentials.has_literal(url):
+        raise EnvironmentError_(
+            f"{shown} holds a credential in the URL of {name}.", hint="Lock anew, and revoke that credential."
+        )
+
+
+def _git_row(name: str, version: str, url: str, shown: str, marker: str = "") -> Row:
+    """A row for ``git+…@COMMIT``. Raises EnvironmentError_ for a URL that names no commit."""
+    plain, subdirectory = _split(url)
+    address, _, revision = plain.rpartition("@")
+    if not _REVISION.match(revision):
+        raise EnvironmentError_(f"{shown}: {name} is not pinned to a commit: {url}")
+    return Row(
+        "pip", name, version, url=address, direct=True, revision=revision, subdirectory=subdirectory, marker=marker
+    )
+
+
+def _split(url: str) -> tuple[str, str]:
+    """A URL without its fragment, and the subdirectory that the fragment names."""
+    plain, _, fragment = url.partition("#")
+    return plain, next((part[13:] for part in fragment.split("&") if part.startswith("subdirectory=")), "")
 
 
 def pip_row_document(row: Row, platform: str) -> dict[str, Any]:
     """A pip row in conda-lock's own words."""
-    url = f"{row.url}@{row.revision}" if row.revision else row.url
     document: dict[str, Any] = {
         "name": row.name,
         "version": row.version,
         "manager": "pip",
         "platform": platform,
         "dependencies": {},
-        "url": url,
+        "url": row.address,
         "hash": {"sha256": row.revision or row.hashes[0]},
         "category": "main",
         "optional": False,
     }
     if row.direct:
-        document["source"] = {"type": "url", "url": url}
+        document["source"] = {"type": "url", "url": row.address}
     return document
 
 
 # ---------------------------------------------------------------------------------------------- requirements files
 
-_KEY_LINE = re.compile(rf"^# {DECLARATION}: ([0-9a-f]{{64}})$", re.MULTILINE)
+_KEY_LINE = re.compile(rf"^# {DECLARATION}: ([0-9a-f]{{64}})\r?$", re.MULTILINE)
 _PYTHON_LINE = re.compile(r"^# python: (\d+(?:\.\d+){0,2})$", re.MULTILINE)
 
 
@@ -187,14 +219,12 @@ def _pin(line: str, hashes: Sequence[str], shown: str) -> Row:
     name, marker = canonicalize_name(parsed.name), str(parsed.marker or "")
     digests = tuple(sorted(value.partition(":")[2] for value in hashes if value.startswith("sha256:")))
     if parsed.url and parsed.url.startswith("git+"):
-        address, _, revision = parsed.url.rpartition("@")
-        if not _REVISION.match(revision):
-            raise EnvironmentError_(f"{shown}: {name} is not pinned to a commit: {parsed.url}")
-        return Row("pip", name, "", url=address, direct=True, revision=revision, marker=marker)
+        return _git_row(name, "", parsed.url, shown, marker)
     if not digests:
         raise EnvironmentError_(f"{shown} has no sha256 for {line}.", hint="Lock anew: mlflow-remote lock.")
     if parsed.url:
-        return Row("pip", name, "", digests, parsed.url, direct=True, marker=marker)
+        url, subdirectory = _split(parsed.url)
+        return Row("pip", name, "", digests, url, direct=True, subdirectory=subdirectory, marker=marker)
     pinned = [each.version for each in parsed.specifier if each.operator in ("==", "===") and "*" not in each.version]
     if not pinned:
         raise EnvironmentError_(f"{shown} does not pin {line}.", hint="Lock anew: mlflow-remote lock.")
@@ -215,8 +245,8 @@ def render_requirements(rows: Iterable[Row], *, declaration: str, python: str, i
 def requirement_text(row: Row) -> str:
     marker = f" ; {row.marker}" if row.marker else ""
     if row.revision:
-        return f"{row.name} @ {row.url}@{row.revision}{marker}"
-    pin = f"{row.name} @ {row.url}" if row.direct else f"{row.name}=={row.version}"
+        return f"{row.name} @ {row.address}{marker}"
+    pin = f"{row.name} @ {row.address}" if row.direct else f"{row.name}=={row.version}"
     return " \\\n    ".join([pin + marker, *(f"--hash=sha256:{value}" for value in sorted(row.hashes))])
 
 
@@ -245,18 +275,19 @@ def pylock_rows(
     from . import toml  # only where locks are made: a job's Python 3.10 has no parser
 
     try:
-        packages = toml.loads(text).get("packages", [])
+        document = toml.loads(text)
     except ValueError as error:
         raise EnvironmentError_(f"{shown} cannot be read.", words=str(error)) from error
-    environment = platforms.marker_environment(platform, python)
+    environment: dict[str, Any] = dict(platforms.marker_environment(platform, python))
+    environment |= {"extras": set(), "dependency_groups": set(document.get("default-groups", ()))}
     ranks = _tag_ranks(platform, python)
     try:
         rows = [
             _pylock_row(package, ranks, (pins or {}).get(canonicalize_name(package["name"]), ()), shown)
-            for package in packages
+            for package in document.get("packages", [])
             if "marker" not in package or Marker(package["marker"]).evaluate(environment)
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentError_(f"{shown} is damaged.", words=f"{type(error).__name__}: {error}") from error
     return tuple(sorted(rows, key=_order))
 
@@ -278,9 +309,19 @@ def _pylock_row(package: Mapping[str, Any], ranks: Mapping[str, int], allowed: S
     name, version = canonicalize_name(package["name"]), str(package.get("version", ""))
     if "vcs" in package:
         vcs = package["vcs"]
-        return Row("pip", name, version, url=f"git+{vcs['url']}", direct=True, revision=vcs["commit-id"])
+        _refuse_literal(vcs["url"], name, shown)
+        return Row(
+            "pip",
+            name,
+            version,
+            url=f"git+{vcs['url']}",
+            direct=True,
+            revision=vcs["commit-id"],
+            subdirectory=vcs.get("subdirectory", ""),
+        )
     if "archive" in package:
-        return _file_row(name, version, package["archive"], direct=True)
+        row = _file_row(name, version, package["archive"], direct=True)
+        return replace(row, subdirectory=package["archive"].get("subdirectory", ""))
     if "directory" in package:
         raise EnvironmentError_(
             f"{shown}: {name} is a folder on the machine that locked it.", hint="Only published packages can be locked."

@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -24,16 +26,18 @@ from ..job import EnvironmentRef
 from . import cache, hints, indexes, lease, lockfile, platforms, requirements
 from .lockfile import Row
 from .progress import Progress, Report, silent
-from .spec import EnvSpec, digest
+from .spec import EnvSpec, digest, requirement_name
 
 #: Part of every spec key: a change in how locks are made makes new ones.
-SCHEMA = 1
+SCHEMA = 2
 
 #: Where a project may keep its lock, beside its declaration; the first that exists counts.
 CONDA_LOCKS = ("conda-lock.yml", "conda-lock.yaml")
 PYTHON_LOCKS = ("requirements.lock", "pylock.toml", "uv.lock")
 
 _REF = "ref.json"
+
+_INCLUDES = re.compile(r"^\s*(-r|-c|--requirement|--constraint)", re.MULTILINE)
 
 
 def lock(
@@ -111,11 +115,13 @@ def _read(folder: Path) -> EnvironmentRef | None:
     """The cached reference; None for none, or one that cannot be read."""
     try:
         document = json.loads((folder / _REF).read_bytes())
-        os.utime(folder / _REF)  # its last use, for cache.prune
         lists = {name: tuple(value) for name, value in document.items() if isinstance(value, list)}
-        return EnvironmentRef(**{**document, **lists})
+        ref = EnvironmentRef(**{**document, **lists})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+    with contextlib.suppress(OSError):  # a read-only volume
+        os.utime(folder / _REF)  # its last use, for cache.prune
+    return ref
 
 
 def _write(folder: Path, ref: EnvironmentRef) -> None:
@@ -163,7 +169,8 @@ def _lock(request: _Request) -> EnvironmentRef:
         if request.spec.options.frozen:
             raise _frozen(request.spec, found)
         notice = () if found is None else (f"{found} It was locked anew; mlflow-remote lock writes the file.",)
-        found = replace(_solve(request), notices=notice)
+        found = _solve(request)
+        found = replace(found, notices=notice + found.notices)
     return _ref(request, found)
 
 
@@ -192,7 +199,7 @@ def _ref(request: _Request, found: _Lock) -> EnvironmentRef:
         platform=request.platform,
         python=spec.python,
         indexes=request.index_lines,
-        channels=tuple(f"{name} {url}" for name, url in urls if url != name),
+        channels=tuple(f"{name} {url}" for name, url in urls if "://" in url),
         files=_files(found.rows) if spec.kind == "requirements" else {},
         env_vars=dict(spec.env_vars),
         notices=notices,
@@ -211,10 +218,17 @@ def _solve(request: _Request) -> _Lock:
     if spec.kind == "conda-lock":
         from . import conda
 
+        notices: list[str] = []
         text = conda.lock(
-            spec, [request.platform], index_lines=request.index_lines, root=request.root, solving=request.solving
+            spec,
+            [request.platform],
+            index_lines=request.index_lines,
+            root=request.root,
+            solving=request.solving,
+            warn=notices.append,
         )
-        return _Lock(text, lockfile.conda_lock_rows(lockfile.load_conda_lock(text), request.platform))
+        rows = lockfile.conda_lock_rows(lockfile.load_conda_lock(text), request.platform)
+        return _Lock(text, rows, tuple(notices))
     from . import uv
 
     request.solving(f"{request.platform}, Python {spec.python}")
@@ -329,7 +343,10 @@ def _from_requirements_lock(request: _Request, committed: Committed) -> _Lock | 
     rows = lockfile.requirements_rows(listed, name)
     written = lockfile.written_declaration(committed.text)
     missing = [] if written else _unsatisfied(request, rows)
-    return _fitting(_Lock(committed.text, rows), name, spec, written, missing)
+    text = committed.text
+    if _INCLUDES.search(text):  # files that are not where the job runs
+        text = "".join(f"{lockfile.requirement_text(row)}\n" for row in rows)
+    return _fitting(_Lock(text, rows), name, spec, written, missing)
 
 
 def _from_pylock(request: _Request, committed: Committed) -> _Lock | str:
@@ -377,14 +394,18 @@ def _build(row: Row) -> str:
 
 def _unsatisfied(request: _Request, rows: Sequence[Row]) -> list[str]:
     """Declared requirements that no row satisfies. Build tools, which other lockers leave out, are not asked for."""
+    from packaging.markers import Marker
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     python = request.spec.python or next((row.version for row in rows if row.name == "python"), "3")
     environment: dict[str, Any] = platforms.marker_environment(request.platform, python)
-    locked = {row.name: row for row in rows}
+    locked = {row.name: row for row in rows if not row.marker or Marker(row.marker).evaluate(environment)}
     failed = []
     for line in request.spec.packages.requirements:
+        if not requirement_name(line):  # a bare URL
+            failed += [] if any(row.direct and line.startswith(row.url) for row in rows) else [line]
+            continue
         wanted = Requirement(line)
         name = canonicalize_name(wanted.name)
         if name in ("pip", "setuptools", "wheel") or (wanted.marker and not wanted.marker.evaluate(environment)):

@@ -6,6 +6,7 @@ packages (a project's code comes with its snapshot, not with its environment) an
 
 from __future__ import annotations
 
+import codecs
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,7 @@ _IGNORED_OPTIONS = ("--require-hashes", "--prefer-binary", "--use-pep517", "--us
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _HASH = re.compile(r"\s--hash[= ](?P<hash>\w+:[0-9a-fA-F]+)")
 _ARCHIVE = re.compile(r"\.(whl|zip|tar\.gz|tar\.bz2|tgz)$")
+_VCS = re.compile(r"(git|hg|svn|bzr)\+")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def _read(file: Path, where: str) -> str:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise EnvironmentError_(f"{where} is over {MAX_FILE_BYTES // 2**20} MiB; that is no list of requirements.")
-        return file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes()
+        # PowerShell redirects to UTF-16, which pip reads as well
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf_16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EnvironmentError_(
             f"{where} cannot be read.", words=str(error), hint="Paths are relative to the file that names them."
@@ -139,6 +144,7 @@ def _expand_line(line: _Line, folder: Path, trail: tuple[Path, ...]) -> Requirem
 
 def _expand_options(line: _Line, folder: Path, trail: tuple[Path, ...]) -> RequirementList:
     """A line of options. pip allows several on one line: ``--index-url X --extra-index-url Y``."""
+    refuse_literal(line.text, line.where)
     try:
         words = shlex.split(line.text)
     except ValueError as error:
@@ -164,15 +170,17 @@ def _next_option(words: list[str]) -> tuple[str, str]:
 
 def _option(option: str, value: str, line: _Line, folder: Path, trail: tuple[Path, ...]) -> RequirementList:
     if option in ("-r", "--requirement"):
-        return _expand_file(folder / value, value, trail)
+        return _included(value, line, folder, trail)
     if option in ("-c", "--constraint"):
-        included = _expand_file(folder / value, value, trail)
+        included = _included(value, line, folder, trail)
         return RequirementList((), included.requirements + included.constraints, included.index_options)
     if option in ("-e", "--editable"):
-        raise _local(line)
+        if not _VCS.match(value):
+            raise _local(line)
+        return _expand_line(_Line(value, line.where), folder, trail)
     if option in _INDEX_OPTIONS:
         name = _INDEX_OPTIONS[option]
-        place = value if name == "--trusted-host" else _index(value, line, folder)
+        place = value if name == "--trusted-host" else _index(value, folder)
         return RequirementList(index_options=(f"{name} {place}",))
     if option == "--no-index":
         return RequirementList(index_options=(option,))
@@ -189,9 +197,17 @@ def _option(option: str, value: str, line: _Line, folder: Path, trail: tuple[Pat
     )
 
 
-def _index(value: str, line: _Line, folder: Path) -> str:
-    """An index's URL or folder: credentials refused, a relative folder made absolute."""
-    refuse_literal(value, line.where)
+def _included(value: str, line: _Line, folder: Path, trail: tuple[Path, ...]) -> RequirementList:
+    if "://" in value:
+        raise EnvironmentError_(
+            f"{line.where} names a file on a server: {line.text}",
+            hint="Download it into the project and name it there: what a server answers may change.",
+        )
+    return _expand_file(folder / value, value, trail)
+
+
+def _index(value: str, folder: Path) -> str:
+    """An index's URL, or a folder made absolute."""
     if "://" in value:
         return credentials.braced(value)
     return str((folder / value).resolve())
@@ -201,8 +217,11 @@ def _requirement(line: _Line) -> str:
     """One requirement in one spelling: canonical name, sorted extras and specifiers. Raises for what cannot travel."""
     text = line.text
     refuse_literal(text, line.where, placeholders_too=True)
-    if re.match(r"(git|hg|svn|bzr)\+|https?://", text):
-        return _unnamed(text)
+    if _VCS.match(text) or re.match(r"https?://", text):
+        named = _named(text)
+        if not named:
+            return text
+        text = named
     try:
         parsed = Requirement(text)
     except InvalidRequirement as error:
@@ -222,10 +241,14 @@ def canonical(requirement: Requirement) -> str:
     return str(requirement)
 
 
-def _unnamed(text: str) -> str:
-    """A bare URL; pip's ``#egg=NAME`` becomes ``NAME @ URL``."""
-    match = re.search(r"[#&]egg=([A-Za-z0-9._-]+)", text)
-    return f"{canonicalize_name(match[1])} @ {text.partition('#')[0]}" if match else text
+def _named(text: str) -> str:
+    """``NAME @ URL`` for a bare URL with pip's ``#egg=NAME``; extras, marker and subdirectory stay. Empty without."""
+    url, _, marker = text.partition("; ")
+    address, _, fragment = url.strip().partition("#")
+    parts = fragment.split("&")
+    name = next((part.removeprefix("egg=") for part in parts if part.startswith("egg=")), "")
+    rest = "&".join(part for part in parts if not part.startswith("egg="))
+    return f"{name} @ {address}{rest and '#'}{rest}{marker and ' ; '}{marker}" if name else ""
 
 
 def _looks_local(text: str) -> bool:
@@ -246,7 +269,9 @@ def refuse_literal(text: str, where: str, *, placeholders_too: bool = False) -> 
     ``placeholders_too``: ``${NAME}`` is refused as well, where its value would be written into the lock.
     """
     if not credentials.has_literal(text) and not (
-        placeholders_too and "://" in text and credentials.strip(text) != text and "git@" not in text
+        placeholders_too
+        and "://" in text
+        and ("${" in text or (credentials.strip(text) != text and "://git@" not in text))
     ):
         return
     raise EnvironmentError_(

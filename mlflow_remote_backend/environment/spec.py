@@ -40,7 +40,8 @@ DEFAULT_CHANNEL = "conda-forge"
 
 #: conda packages that are left to the virtual environment itself when a conda.yaml becomes one (as MLflow does).
 _PYTHON_PARTS = re.compile(
-    r"^(?P<package>python|pip|setuptools|wheel)\s*(?P<operator><=|>=|==|!=|=|<|>)?\s*(?P<version>[\d.]+)?\*?$"
+    r"^([\w./-]+::)?(?P<package>python|pip|setuptools|wheel)"
+    r"\s*(?P<operator><=|>=|==|!=|=|<|>)?\s*(?P<version>[\d.]+)?\*?(?P<build>[=\s][\w.*]+)?$"
 )
 
 
@@ -323,10 +324,10 @@ def _venv_of_conda(
     python, build, left_out = "", [], []
     for spec in conda:
         match = _PYTHON_PARTS.match(spec)
-        if not match:
-            left_out.append(spec)
-        elif match["package"] == "python":
+        if conda_name(spec) == "python":
             python = python or _pinned_python(match, spec, shown)
+        elif not match:
+            left_out.append(spec)
         else:
             operator = "==" if match["operator"] == "=" else match["operator"] or ""
             build.append(f"{match['package']}{operator}{match['version'] or ''}")
@@ -340,8 +341,8 @@ def _venv_of_conda(
     return _venv(manager, file, shown, python, packages, options, tuple(warnings))
 
 
-def _pinned_python(match: re.Match[str], spec: str, shown: str) -> str:
-    if not match["version"] or match["operator"] in ("<", ">", "!="):
+def _pinned_python(match: re.Match[str] | None, spec: str, shown: str) -> str:
+    if not match or not match["version"] or match["operator"] in ("<", ">", "!="):
         raise EnvironmentError_(
             f"{shown}: {spec!r} names no single Python version, which a virtual environment needs.",
             hint="Write python=3.11, or use env_manager conda.",
@@ -396,6 +397,11 @@ def _venv(
     options: EnvironmentOptions,
     warnings: tuple[str, ...] = (),
 ) -> EnvSpec:
+    if "." not in python:
+        raise EnvironmentError_(
+            f"{shown}: {python!r} is no single Python version, which a virtual environment needs.",
+            hint="Write 3.11 or 3.11.7, or use env_manager conda.",
+        )
     return EnvSpec(
         manager,
         "requirements",

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from .requirements import RequirementList
 COMPILE_TIMEOUT_S = 900
 INSTALL_TIMEOUT_S = 3600
 
+#: How uv says that a package, one of conda's for instance, does not know an extra.
+_NO_EXTRA = re.compile(r"The package `(?P<name>[\w.-]+)[^`]*` does not have an extra named `(?P<extra>[^`]+)`")
+
 #: Seconds and attempts before an index counts as unreachable; a user's own settings win.
 _PATIENCE = {"UV_HTTP_CONNECT_TIMEOUT": "5", "UV_HTTP_TIMEOUT": "30", "UV_HTTP_RETRIES": "1"}
 
@@ -41,11 +44,13 @@ def compile_rows(
     root: Path,
     provided: Mapping[str, str],
     shown: str,
+    warn: Callable[[str], object] = lambda notice: None,
 ) -> tuple[Row, ...]:
     """Solves ``packages`` for a platform and a Python version: one row, one file, for each package.
 
     ``provided``: packages that something else installs (conda), by canonical name with their version; they take part in
-    the solution and are not among the rows. Raises EnvironmentError_ in uv's words.
+    the solution and are not among the rows; ``warn`` is told of their extras, whose packages are not known.
+    Raises EnvironmentError_ in uv's words.
     """
     secrets = indexes.secrets(index_lines)
     with tool.private_folder(root) as folder:
@@ -60,6 +65,10 @@ def compile_rows(
         result = _run(argv, folder, lines, secrets, COMPILE_TIMEOUT_S, what=f"Locking {shown}")
     if result.code:
         raise _unsolved(shown, platform, python, credentials.redact(result.stderr, secrets.values()))
+    for match in _NO_EXTRA.finditer(result.stderr):
+        if canonicalize_name(match["name"]) in provided:
+            asked = f"{match['name']}[{match['extra']}]"
+            warn(f"{match['name']} comes from conda, and what {asked} adds is not installed: name those packages too.")
     pins = _pins(packages)
     rows = lockfile.pylock_rows(result.stdout, platform, python, pins=pins, shown=f"The package index, for {shown},")
     return tuple(row for row in rows if row.name not in provided)

@@ -259,13 +259,22 @@ def supervise(folder: RunFolder, program: Program, start: Start) -> None:
     from .observe import observe
     from .record import RunRecord
 
-    with RunRecord(spec.run) as record:
+    with RunRecord(spec.run) as record, _environment_in_use(spec):
         outcome = observe(spec, folder.spool, record, work_dir=job.work_dir, alive=job.alive, on_phase=job.entered)
     job.end()
     if outcome.finalized or outcome.gone:
         folder.remove()
     else:
         folder.say("finalizing", "waiting for somebody to look: the tracking server was away for too long")
+
+
+def _environment_in_use(spec: JobSpec) -> contextlib.AbstractContextManager[None]:
+    """Nobody prunes the environment meanwhile, on another machine that shares the cache neither."""
+    if spec.compute != "local" or not spec.environment.lock_key:
+        return contextlib.nullcontext()
+    from ..environment import cache
+
+    return cache.using(cache.default_root(), spec.environment.lock_key)
 
 
 _NEVER_STARTED = {

@@ -65,7 +65,23 @@ def test_a_conda_project_in_a_venv_keeps_its_python_parts_and_names_what_it_drop
     assert manager in warning
 
 
-@pytest.mark.parametrize("spelled", ["python", "python<3.12", "python!=3.9"])
+@pytest.mark.parametrize(
+    ("spelled", "version"),
+    [("python=3.9.18=h955ad1f_0", "3.9.18"), ("conda-forge::python=3.10", "3.10"), ("python=3.9.*=*_cpython", "3.9")],
+)
+def test_a_venv_has_the_python_that_is_named_whatever_its_build_and_channel(
+    tmp_path: Path, spelled: str, version: str
+) -> None:
+    assert conda(tmp_path, f"dependencies: ['{spelled}', pip=24.0=py_0]", "uv").python == version
+
+
+@pytest.mark.parametrize("manager", ["virtualenv", "uv"])
+def test_a_major_version_alone_is_refused(tmp_path: Path, manager: str) -> None:
+    with pytest.raises(EnvironmentError_, match="'3' is no single Python version"):
+        python(tmp_path, "python: 3", manager)
+
+
+@pytest.mark.parametrize("spelled", ["python", "python<3.12", "python!=3.9", "python=3", "python>=3.9,<3.12"])
 def test_a_venv_needs_one_python_version(tmp_path: Path, spelled: str) -> None:
     with pytest.raises(EnvironmentError_, match="no single Python version"):
         conda(tmp_path, f"dependencies: ['{spelled}']", "virtualenv")
@@ -152,6 +168,35 @@ def test_local_packages_are_refused_with_their_place(tmp_path: Path, line: str) 
     with pytest.raises(EnvironmentError_, match=r"r\.txt, line 2.*local folder") as refused:
         python(tmp_path, "dependencies: [-r r.txt]")
     assert "PYTHONPATH" in refused.value.hint
+
+
+GIT = "git+https://host.example/r.git@v1"
+
+
+@pytest.mark.parametrize(
+    ("line", "requirement"),
+    [
+        (f"{GIT}#egg=Thing", f"thing @ {GIT}"),
+        (f"{GIT}#egg=thing&subdirectory=python", f"thing @ {GIT}#subdirectory=python"),
+        (f"{GIT}#subdirectory=python&egg=thing[more]", f"thing[more] @ {GIT}#subdirectory=python"),
+        (f"{GIT}#egg=thing ; python_version < '3.9'", f'thing @ {GIT} ; python_version < "3.9"'),
+        (f"-e {GIT}#egg=thing", f"thing @ {GIT}"),
+        (GIT, GIT),
+    ],
+)
+def test_a_bare_url_keeps_all_that_it_says(tmp_path: Path, line: str, requirement: str) -> None:
+    (tmp_path / "r.txt").write_text(f"{line}\n")
+    assert python(tmp_path, "dependencies: [-r r.txt]").packages.requirements == (requirement,)
+
+
+def test_requirements_that_powershell_wrote_are_read(tmp_path: Path) -> None:
+    (tmp_path / "r.txt").write_bytes("six\r\nidna\r\n".encode("utf-16"))
+    assert python(tmp_path, "dependencies: [-r r.txt]").packages.requirements == ("six", "idna")
+
+
+def test_a_file_on_a_server_is_not_looked_for_on_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentError_, match=r"names a file on a server.*\n.*Download it"):
+        python(tmp_path, "dependencies: [-c https://host.example/constraints.txt]")
 
 
 @pytest.mark.parametrize("line", ["six==", "six =>1", "--no-such-option 1", "a b c", "six; nonsense == 3"])
@@ -241,6 +286,7 @@ LITERAL = [
     "https://user:word@host.example/simple",
     "https://token@host.example/simple",
     "https://${USER}:word@host.example/x",
+    "https://token:@host.example/simple",
     "https://host.example/t/sometoken/channel",
     "ssh://git:word@host.example/x",
 ]
@@ -249,7 +295,7 @@ LITERAL = [
 @pytest.mark.parametrize("url", LITERAL)
 def test_literal_credentials_are_seen_and_never_shown(url: str) -> None:
     assert credentials.has_literal(url)
-    for hidden in ("word@", "token@", "sometoken"):
+    for hidden in ("word@", "token@", "token:@", "sometoken"):
         assert hidden not in credentials.redact(f"error for {url}: no")
         assert hidden not in credentials.strip(url)
 
@@ -278,6 +324,10 @@ def test_what_is_no_literal_credential_passes(url: str) -> None:
         "dependencies: ['--extra-index-url={url}', six]",
         "dependencies: ['thing @ {url}/thing-1.tar.gz']",
         "dependencies: ['git+{url}/thing.git@main']",
+        "dependencies: ['-e git+{url}/thing.git@main#egg=thing']",
+        "dependencies: ['-r {url}/r.txt']",
+        "dependencies: ['--unknown {url}']",
+        "dependencies: ['--find-links \"{url}']",
     ],
 )
 def test_literal_credentials_in_requirements_are_refused_and_not_repeated(tmp_path: Path, text: str, url: str) -> None:
@@ -285,6 +335,19 @@ def test_literal_credentials_in_requirements_are_refused_and_not_repeated(tmp_pa
         python(tmp_path, text.format(url=url))
     assert "word" not in str(refused.value)
     assert "token@" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "git+https://${TOKEN}@host.example/thing.git@main",
+        "git+https://reader:$TOKEN@host.example/thing.git@main",
+        "https://host.example/thing-1-py3-none-any.whl?token=${TOKEN}",
+    ],
+)
+def test_a_variable_whose_value_would_stand_in_the_lock_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(EnvironmentError_, match=r"holds a credential.*(?s:.*)netrc"):
+        python(tmp_path, f"dependencies: ['thing @ {url}']")
 
 
 def test_values_of_variables_are_quoted_into_a_url() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_remote_backend import config, submission
 from mlflow_remote_backend.environment import indexes
 from mlflow_remote_backend.errors import EnvironmentError_
+from mlflow_remote_backend.job import EnvironmentRef
 
 PASSWORD = "s3" + "cret/+"
 QUOTED = "s3" + "cret%2F%2B"
@@ -96,6 +98,40 @@ def test_literal_credentials_become_names_whose_values_are_found_again(
     assert indexes.expand(lines, indexes.secrets(lines)) == (
         f"--index-url https://reader:{QUOTED}@main.example/simple",
         "--extra-index-url https://token@inner.example/simple",
+    )
+
+
+@pytest.mark.parametrize(("compute", "travels"), [("kubernetes", True), ("local", False)])
+def test_credentials_travel_to_whoever_makes_the_environment_elsewhere(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, compute: str, travels: bool
+) -> None:
+    (settings / "pip/pip.conf").write_text(f"[global]\nindex-url = https://reader:{QUOTED}@pip.example/simple\n")
+    monkeypatch.setenv("CHANNEL_TOKEN", "a-token")
+    channels = ("private https://conda.example/t/${CHANNEL_TOKEN}/private",)
+    ref = EnvironmentRef("conda", indexes=indexes.choose((), ()), channels=channels)
+    chosen = config.parse({"compute": compute}, project_dir=settings, environ={})
+    secrets = submission.secrets_of(chosen, {}, ref)
+    assert secrets.program == {}
+    assert set(secrets.runner.values()) == ({"reader", PASSWORD, "a-token"} if travels else set())
+
+
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_credentials_that_uv_looks_for_by_an_indexs_name_are_named(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place == "variable":
+        monkeypatch.setenv("UV_DEFAULT_INDEX", "my-corp=https://main.example/simple")
+    else:
+        table = '[[index]]\nname = "my-corp"\nurl = "https://main.example/simple"\ndefault = true\n'
+        (settings / "uv/uv.toml").write_text(table)
+    monkeypatch.setenv("UV_INDEX_MY_CORP_USERNAME", "reader")
+    monkeypatch.setenv("UV_INDEX_MY_CORP_PASSWORD", PASSWORD)
+    lines = indexes.choose((), ())
+    assert lines == (
+        "--index-url https://${UV_INDEX_MY_CORP_USERNAME}:${UV_INDEX_MY_CORP_PASSWORD}@main.example/simple",
+    )
+    assert indexes.expand(lines, indexes.secrets(lines)) == (
+        f"--index-url https://reader:{QUOTED}@main.example/simple",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -59,6 +60,13 @@ def test_pip_neither_installs_nor_changes_what_conda_brings(bench: Bench) -> Non
     ref = bench.conda(f"python={PYTHON_MINOR}", "toylib=1.1", pip=("uses-toylib",)).lock()
     pip = [row["name"] for row in yaml.safe_load(ref.lock)["package"] if row["manager"] == "pip"]
     assert pip == ["uses-toylib"]
+
+
+def test_an_extra_of_what_conda_brings_is_not_left_out_in_silence(bench: Bench) -> None:
+    bench.channel = make_channel(bench.root.parent / "fruity", packages=[toy("fruit", "1.0")])
+    ref = bench.conda(f"python={PYTHON_MINOR}", "fruit", pip=("fruit[peeled]",)).lock()
+    assert "peel" not in rows(ref)
+    assert any("fruit[peeled]" in notice for notice in ref.notices)
 
 
 def test_a_pip_requirement_that_contradicts_conda_is_a_conflict_in_the_solvers_words(bench: Bench) -> None:
@@ -182,6 +190,17 @@ def test_two_processes_lock_once(bench: Bench, tmp_path: Path) -> None:
     assert sum("solving" in steps for _, steps in answers) == 1
 
 
+def test_a_lock_in_a_cache_that_cannot_be_written_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = bench.python_env("peel").lock()
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.utime", refuse)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert bench.lock() == locked
+
+
 def test_a_damaged_cache_entry_is_made_anew(bench: Bench) -> None:
     first = bench.python_env("peel").lock("uv")
     (entry,) = bench.root.glob("locks/*/ref.json")
@@ -251,6 +270,53 @@ def test_a_written_requirements_lock_covers_all_platforms_and_wins(bench: Bench)
     bench.python_env("fruit", "peel")
     with pytest.raises(EnvironmentError_, match="made from another"):
         bench.lock(frozen=True)
+
+
+def test_a_lock_that_was_checked_out_with_other_line_ends_is_as_stale(bench: Bench) -> None:
+    written = locking.write_lock(bench.python_env("fruit").load(), bench.root)
+    written.write_bytes(written.read_bytes().replace(b"\n", b"\r\n"))
+    assert bench.lock(frozen=True)
+    with pytest.raises(EnvironmentError_, match="made from another"):
+        bench.python_env("fruit", "needed").lock(frozen=True)
+
+
+def test_a_lock_that_includes_another_travels_whole(bench: Bench) -> None:
+    written = locking.write_lock(bench.python_env("fruit").load("uv"), bench.root)
+    written.rename(bench.project / "base.lock")
+    written.write_text("-r base.lock\n")
+    assert rows(bench.lock("uv", frozen=True)) == {"fruit": "1.0", "needed": "2.0"}
+
+
+def test_of_a_lock_for_several_pythons_the_row_for_this_one_counts(bench: Bench) -> None:
+    lines = [
+        f"needed==2.0 ; python_version >= '3' --hash=sha256:{'a' * 64}",
+        f"needed==9.0 ; python_version < '3' --hash=sha256:{'b' * 64}",
+    ]
+    (bench.project / "requirements.lock").write_text("\n".join(lines))
+    bench.python_env("needed==2.0")
+    assert bench.lock("uv", frozen=True)
+
+
+def test_a_bare_url_is_looked_for_in_a_committed_lock(bench: Bench) -> None:
+    url = bench.index.address("files/peel-0.1-py3-none-any.whl")
+    lock = bench.project / "requirements.lock"
+    lock.write_text(f"peel @ {url} --hash=sha256:{'a' * 64}\n")
+    assert bench.python_env(url).lock("uv", frozen=True)
+    lock.write_text(f"needed==2.0 --hash=sha256:{'a' * 64}\n")
+    with pytest.raises(EnvironmentError_, match=r"does not satisfy.*peel"):
+        bench.lock("uv", frozen=True)
+
+
+def test_the_default_groups_of_a_pylock_are_taken(bench: Bench) -> None:
+    file = f'url = "{bench.index.address("files/peel-0.1-py3-none-any.whl")}", hashes = {{ sha256 = "{"a" * 64}" }}'
+    tables = [
+        f"[[packages]]\nname = '{name}'\nversion = '0.1'\nmarker = '\"{group}\" in dependency_groups'\n"
+        f"wheels = [{{ {file} }}]\n"
+        for name, group in (("peel", "default"), ("left-out", "dev"))
+    ]
+    head = 'lock-version = "1.0"\ndependency-groups = ["dev", "default"]\ndefault-groups = ["default"]\n'
+    (bench.project / "pylock.toml").write_text(head + "".join(tables))
+    assert rows(bench.python_env("peel").lock("uv", frozen=True)) == {"peel": "0.1"}
 
 
 def test_a_pylock_counts_if_it_satisfies_the_declaration(bench: Bench) -> None:
@@ -607,6 +673,18 @@ def test_a_git_revision_is_locked_by_its_commit(bench: Bench, tmp_path: Path) ->
     assert f"gitpack @ git+{url}@{commit}" in ref.lock
     conda = bench.conda(f"python={PYTHON_MINOR}", pip=(f"gitpack @ git+{url}@main",)).lock()
     assert commit in conda.lock
+
+
+def test_a_package_in_a_folder_of_a_repository_is_locked_with_that_folder(bench: Bench, tmp_path: Path) -> None:
+    url, commit = git_repository(tmp_path / "repository", "python")
+    wanted, locked = f"git+{url}@main#subdirectory=python", f"git+{url}@{commit}#subdirectory=python"
+    bench.python_env(f"'gitpack @ {wanted}'")
+    assert f"gitpack @ {locked}" in bench.lock("uv").lock
+    assert f"gitpack @ {locked}" in locking.write_lock(bench.load("uv"), bench.root).read_text()
+    assert f"gitpack @ {locked}" in bench.lock("uv", frozen=True).lock
+    conda = bench.conda(f"python={PYTHON_MINOR}", pip=(f"'gitpack @ {wanted}'",)).lock()
+    (row,) = [row for row in lockfile.conda_lock_rows(yaml.safe_load(conda.lock), SUBDIR) if row.revision]
+    assert row.address == locked
 
 
 def test_a_new_build_of_python_is_found_after_the_channel_changed(bench: Bench, tmp_path: Path) -> None:

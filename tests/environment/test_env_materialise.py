@@ -237,6 +237,12 @@ def test_a_git_revision_is_installed_at_its_commit(bench: Bench, tmp_path: Path)
     assert run(materialise.materialise(ref, bench.root), "import gitpack; print(gitpack.built_with)") == "2.0"
 
 
+def test_a_package_in_a_folder_of_a_repository_is_installed(bench: Bench, tmp_path: Path) -> None:
+    url, _ = git_repository(tmp_path / "repository", "python")
+    ref = bench.python_env(f"'git+{url}@main#egg=gitpack&subdirectory=python'", "needed").lock("uv")
+    assert run(materialise.materialise(ref, bench.root), "import gitpack; print(gitpack.built_with)") == "2.0"
+
+
 # ---------------------------------------------------------------------------------------------- where from
 
 
@@ -252,6 +258,14 @@ def test_an_archive_comes_from_the_mirror_that_stands_for_its_channel(bench: Ben
     assert any(path.startswith("/mirror/noarch/toyapp") for path in bench.index.requests)
 
 
+def test_two_channels_whose_names_end_alike_are_two(bench: Bench, tmp_path: Path) -> None:
+    for folder, name in (("one", "aaa"), ("two", "bbb")):
+        make_channel(tmp_path / folder / "forge", packages=[toy(name, "1.0")])
+    channels = f"forge, '{(tmp_path / 'two/forge').as_uri()}'"
+    ref = bench.conda("aaa", "bbb", channels=channels).lock(channel_map={"forge": (tmp_path / "one/forge").as_uri()})
+    assert materialise.materialise(ref, bench.root)
+
+
 def test_a_file_that_is_gone_from_where_it_was_seen_comes_from_the_index(bench: Bench) -> None:
     ref = bench.python_env("fruit").lock("uv")
     gone = {digest: url.replace("/files/", "/gone/") for digest, url in ref.files.items()}
@@ -259,13 +273,13 @@ def test_a_file_that_is_gone_from_where_it_was_seen_comes_from_the_index(bench: 
     assert run(prefix, "import fruit, needed; print(needed.__version__)") == "2.0"
 
 
+@pytest.mark.parametrize("userinfo", ["reader:$READER@", "reader:${READER}@"])
 def test_credentials_are_filled_in_where_the_job_runs(
-    bench: Bench, channel: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, channel: Path, monkeypatch: pytest.MonkeyPatch, userinfo: str
 ) -> None:
     bench.index.login = ("reader", "pass" + "phrase")
     bench.index.folders["channel"] = channel
     monkeypatch.setenv("READER", bench.index.login[1])
-    userinfo = "reader:$READER@"
     ref = bench.conda(f"python={PYTHON_MINOR}", pip=("fruit",)).lock(
         channels=(bench.index.address("channel", userinfo),), index_url=(bench.index.address("simple", userinfo),)
     )
@@ -285,6 +299,15 @@ def test_credentials_are_filled_in_where_the_job_runs(
         ("HTTP status client error (403) for url (https://index.example/simple/peel/)", "netrc"),
         ("HTTP status client error (404) for url (http://127.0.0.1:40401/noarch/repodata.json)", "no such thing"),
         ("peel-1.0-404.conda: Hash mismatch, expected sha256:a401f", "not the one that was locked"),
+        ("Failed to fetch: `https://index.example/a.whl`, HTTP status client error (404 Not Found)", "no such thing"),
+        ("failed to fetch branch, fatal: repository 'https://host.example/r.git/' not found", "no such thing"),
+        ("failed to fetch branch, fatal: could not read Username for 'https://host.example'", "netrc"),
+        ("No solution found: you require async-timeout==9, which is unsatisfiable", "Loosen"),
+        ("No solution found: you require mysql-connector-python==9, dnspython==1 and keras-backend==0", "Loosen"),
+        ("dns error: failed to lookup address", "did not answer"),
+        ("tcp connect error, Connection refused (os error 111)", "did not answer"),
+        ("NewConnectionError: Max retries exceeded", "did not answer"),
+        ("Call to `setuptools.build_meta` failed: the build backend returned an error", "build_dependencies"),
     ],
 )
 def test_the_hint_is_by_the_status_and_not_by_digits_that_look_like_one(words: str, hint: str) -> None:
@@ -483,6 +506,20 @@ def test_what_activation_scripts_set_is_there_without_running_them(bench: Bench,
     assert found["PATH"] == f"/opt/head:{prefix}/bin:/usr/bin:/opt/tail"
     assert found["ODD"] == "a'b\nc=\"d"
     assert not {"local_only", "NEVER", "SHLVL", "PWD", "_"} & set(found)
+
+
+def test_what_activation_scripts_put_before_a_variable_stands_before_it(bench: Bench, tmp_path: Path) -> None:
+    prefix = scripted(
+        bench,
+        tmp_path / "scripted",
+        a_first='export LIBS="$CONDA_PREFIX/lib:$LIBS" KIND="${KIND:-own}" OPT="$CONDA_PREFIX${OPT:+:$OPT}"',
+        b_second='export LIBS="/second:$LIBS"; export OPT="/second:$OPT"',
+    )
+    alone = activation.activation(prefix, {"PATH": "/usr/bin"})
+    assert (alone["LIBS"], alone["OPT"]) == (f"/second:{prefix}/lib:", f"/second:{prefix}")
+    found = activation.activation(prefix, {"PATH": "/usr/bin", "LIBS": "/nvidia", "OPT": "/nvidia", "KIND": "other"})
+    assert (found["LIBS"], found["OPT"]) == (f"/second:{prefix}/lib:/nvidia", f"/second:{prefix}:/nvidia")
+    assert found["KIND"] == "own"
 
 
 @pytest.mark.parametrize("script", ["exit 3", "nosuchcommand_xyz", "if then", "cat /nonexistent/file"])

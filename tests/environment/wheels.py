@@ -95,15 +95,16 @@ def source(name: str, version: str, *, build_requires: Sequence[str] = ()) -> tu
     return f"{stem}.tar.gz", gzip.compress(raw.getvalue(), mtime=0)
 
 
-def git_repository(folder: Path) -> tuple[str, str]:
-    """A repository with a package in it: its URL and the commit of ``main``."""
-    folder.mkdir()
+def git_repository(folder: Path, subdirectory: str = "") -> tuple[str, str]:
+    """A repository with a package in it, or in a folder of it: its URL and the commit of ``main``."""
+    package = folder / subdirectory
+    package.mkdir(parents=True)
     _, archive = source("gitpack", "0.1")
     with tarfile.open(fileobj=io.BytesIO(gzip.decompress(archive))) as tar:
         for member in tar.getmembers():
             stream = tar.extractfile(member)
             assert stream is not None
-            (folder / Path(member.name).name).write_bytes(stream.read())
+            (package / Path(member.name).name).write_bytes(stream.read())
     for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "Begin"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True)

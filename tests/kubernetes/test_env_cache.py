@@ -81,16 +81,17 @@ def claim(cluster: Any, namespace: Namespace, node_folder: Path) -> Iterator[str
 
 @pytest.fixture
 def submit(projects: Projects, index: Index, pods_tracking: Tracking) -> Any:
-    """``submit(env_cache)``: a project with a python_env.yaml, run in its environment."""
+    """``submit(env_cache, userinfo)``: a project with a python_env.yaml, run in its environment."""
     declared = {"python": "3.11", "build_dependencies": [], "dependencies": ["needed"]}
     project = projects.make("", command="python -c 'import needed; print(needed.__version__, needed.__file__)'")
     (project / "python_env.yaml").write_text(yaml.safe_dump(declared))
     document = yaml.safe_load((project / "MLproject").read_text())
     (project / "MLproject").write_text(yaml.safe_dump({**document, "python_env": "python_env.yaml"}))
 
-    def start(env_cache: Document | None) -> RemoteSubmittedRun:
+    def start(env_cache: Document | None, userinfo: str = "") -> RemoteSubmittedRun:
         options = {**projects.backend_config["kubernetes"], "env_cache": env_cache}
-        config = {**projects.backend_config, "kubernetes": options, "environment": {"index_url": index.url}}
+        environment = {"index_url": index.address("simple", userinfo)}
+        config = {**projects.backend_config, "kubernetes": options, "environment": environment}
         if not index.requests:
             plan(str(project), backend_config={**config, "env_manager": "virtualenv", "compute": "local"})
             index.requests[:] = ["the lock is made"]  # which reads packages too
@@ -140,3 +141,9 @@ def test_without_a_cache_each_pod_makes_its_own(submit: Any, index: Index) -> No
     for times in (1, 2):
         check(submit(None))
         assert builds(index) == times
+
+
+def test_a_pod_knows_what_a_private_index_wants(submit: Any, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.login = ("reader", "pass" + "phrase")
+    monkeypatch.setenv("INDEX_PASSWORD", index.login[1])
+    check(submit(None, "reader:${INDEX_PASSWORD}@"))

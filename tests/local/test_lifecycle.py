@@ -17,6 +17,7 @@ from tracking_server import copy_database
 
 from mlflow_remote_backend import gc, submission_folder
 from mlflow_remote_backend.compute.local import LocalCompute
+from mlflow_remote_backend.environment import cache
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.submitted_run import attach
@@ -384,3 +385,18 @@ def test_an_index_of_the_log_that_is_half_written_is_as_good_as_none(sqlite_trac
     assert list(attach(run.run_id).logs()) == []
     mlflow.MlflowClient().log_text(run.run_id, index, "logs/index.json")
     assert list(attach(run.run_id).logs()) == ["something"]
+
+
+def test_the_environment_of_a_running_job_is_in_use_for_whoever_shares_the_cache(
+    sqlite_tracking, make_project, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MLFLOW_REMOTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_started_here", lambda path: False)  # as on another machine
+    run = mlflow.projects.run(
+        str(make_project("echo ready; sleep 60")), backend="remote", env_manager="uv", synchronous=False
+    )
+    until_logged(run, "ready")
+    assert cache.prune(tmp_path / "cache", 0.0).environments == ()
+    run.cancel()
+    assert ended(run).status == "KILLED"
+    until(lambda: cache.prune(tmp_path / "cache", 0.0).environments, 10, "the environment to be free")
