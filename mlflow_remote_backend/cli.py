@@ -28,6 +28,8 @@ OK, FAILED, WRONG_REQUEST, RUN_GOES_ON, INTERRUPTED = 0, 1, 2, 3, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = parser().parse_args(argv)
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # names, messages and logs have characters that not every terminal has
     try:
         code: int = arguments.verb(arguments)
         sys.stdout.flush()

@@ -74,6 +74,8 @@ class Terminal:
     def _show(self, text: str) -> None:
         if not text:
             return
+        encoding = getattr(self._out, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
         if len(text) + self._column <= MAX_LINE_CHARS:
             self._out.write(text)
             last_end = max(text.rfind("\n"), text.rfind("\r"))

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from .compute.base import Compute, JobHandle
 from .display import Terminal, harmless
-from .errors import Detached, RemoteError
+from .errors import Detached, RemoteError, RequestError
 from .job import VAGUE_REASONS, Diagnosis, JobStatus, Phase, Reason
 from .tracking import PREFIX, RunView, Tracking
 
@@ -276,7 +276,8 @@ class Follower:
         self._next_look = 0.0
 
     def follow(self) -> RunView:
-        """Block until the run has its final status, and return the run. Raises Detached if asked to leave before."""
+        """Block until the run has its final status, and return the run. Raises Detached if asked to leave before,
+        RequestError if the run was deleted."""
         pump = self._pump()
         with Interrupts() as interrupts:
             try:
@@ -347,7 +348,10 @@ class Follower:
             view = self._look(status)
             if view is not None and view.ended:
                 return view
-            if status is not None and view is not None and (status.gone or hopeless(status)):
+            over = self._compute is None or (status is not None and (status.gone or hopeless(status)))
+            if view is not None and view.deleted and over:
+                raise RequestError(f"Run {self.run_id} was deleted, so it has no final status.")
+            if status is not None and view is not None and over:
                 self._see_to_the_end(status)
                 continue
             time.sleep(POLL_S)

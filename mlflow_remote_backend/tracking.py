@@ -63,6 +63,7 @@ class RunView:
     tags: Mapping[str, str] = field(repr=False)
     params: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)
+    deleted: bool = False
 
     def tag(self, name: str) -> str:
         """The value of ``mlflow_remote.<name>``, empty where it is not set."""
@@ -406,6 +407,7 @@ def _view(run: Any) -> RunView:
         dict(run.data.tags),
         dict(run.data.params),
         dict(run.data.metrics),
+        info.lifecycle_stage == "deleted",
     )
 
 

@@ -76,6 +76,13 @@ def test_the_end_starts_a_new_line_and_shows_what_was_held_back():
     assert shown(b"") == ""
 
 
+def test_what_the_screen_has_no_character_for_is_replaced_and_the_rest_is_shown():
+    screen = io.BytesIO()
+    terminal = Terminal(io.TextIOWrapper(screen, encoding="cp1252"))
+    terminal.write("é ✓\nnext\n".encode())
+    assert screen.getvalue() == b"\xe9 ?\nnext\n"
+
+
 def test_a_line_too_long_for_a_screen_is_cut_and_says_so_once():
     text = shown(*[b"1" * 50_000] * 10, b"\nnext\n")
     assert text == "1" * MAX_LINE_CHARS + CUT_NOTE + "\nnext\n"

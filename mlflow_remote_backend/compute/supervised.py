@@ -6,6 +6,7 @@ Their job is a run folder (``runner/run_folder.py``) and the supervisor that hol
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -68,8 +69,12 @@ class SupervisedCompute:
         lock = folder.try_lock()
         if lock is None:
             return
-        if request.archive is not None:
-            shutil.copyfile(request.archive, folder.archive)
+        try:
+            if request.archive is not None:
+                shutil.copyfile(request.archive, folder.archive)
+        except OSError as error:
+            os.close(lock)
+            raise ComputeError(f"The project cannot be copied to {folder.path}.", words=str(error)) from error
         start_detached(folder, lock, self.program, start)
 
     def status(self, handle: JobHandle) -> JobStatus:
@@ -101,7 +106,10 @@ class SupervisedCompute:
         folder = self.run_folder(handle)
         if not folder.exists():
             return
-        run_folder.replace_text(folder.cancel, str(grace_period_s))
+        try:
+            run_folder.replace_text(folder.cancel, str(grace_period_s))
+        except OSError:  # a full disk has room for an empty file; the job's own grace period counts then
+            folder.cancel.touch()
         if not folder.supervised():
             self.recover(handle)
         deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
@@ -119,8 +127,14 @@ class SupervisedCompute:
             return False
         lock = folder.try_lock()
         if lock is not None:
-            folder.count_recovery()
-            start_detached(folder, lock, self.program, Start(users_environ(), recovery=True))
+            try:
+                folder.count_recovery()
+            except OSError as error:
+                os.close(lock)
+                what = f"The job's folder {folder.path} cannot be written, so no supervisor can take the job up."
+                raise ComputeError(what, words=str(error), transient=True) from error
+            last = folder.recoveries() >= MOST_RECOVERIES
+            start_detached(folder, lock, self.program, Start(users_environ(), recovery=True, last_chance=last))
         return True
 
 

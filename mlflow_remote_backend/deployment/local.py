@@ -109,7 +109,7 @@ class LocalTarget(KeptTarget):
 
 
 #: What opens the tracking server and its store is for whoever fetches the model, and a server fetches nothing.
-_WITHHELD = (*FORWARDED, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_", "PYTHONPATH", "PYTHONHOME")
+_WITHHELD = (*FORWARDED, "MLFLOW_RUN_ID", "MLFLOW_REMOTE_EXECUTION", "MLFLOW_EXPERIMENT_", "PYTHONPATH", "PYTHONHOME")
 
 
 class LocalKeep:

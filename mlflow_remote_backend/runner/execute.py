@@ -410,6 +410,11 @@ def is_supervisor(pid: int) -> bool:
     return any(name in said for name in SUPERVISOR_NAMES)
 
 
+def is_execute(pid: int) -> bool:
+    """Whether it runs the program of such a job."""
+    return b"/runner/execute.py\0" in read_bytes(f"/proc/{pid}/cmdline")
+
+
 # -------------------------------------------------------------------------------------------------------- execution
 
 

@@ -8,6 +8,7 @@ goes through MLflow's own download.
 from __future__ import annotations
 
 import base64
+import http.client
 import os
 import shutil
 import ssl
@@ -73,7 +74,7 @@ def _fetch_http(url: str, target: Path, environ: Mapping[str, str]) -> None:
             if error.code < 500 and error.code != 429:
                 raise _refused(url, error) from error
             words = f"HTTP {error.code} {error.reason}"
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             words = str(getattr(error, "reason", error))
         if time.monotonic() + pause_s > deadline:
             raise JobError(

@@ -242,8 +242,7 @@ class _End:
         work_dir = self._job.work_dir or (Path(command.cwd) if command is not None and command.cwd else None)
         if work_dir is None:
             return
-        started = self._job.spool.started()
-        found = outputs.find(work_dir, self._job.spec.outputs, started.started_at if started else 0.0)
+        found = outputs.find(work_dir, self._job.spec.outputs, self._program_began())
         uploads = outputs.Uploads(self._job.record, self._until, self._uploader.write_index)
         problems = uploads.run(found)
         self._pending += [f"{each.name} ({each.why})" for each in problems if each.temporary]
@@ -251,6 +250,14 @@ class _End:
         self._lost += lost
         self._store_lines(NOT_STORED, [f"{each.name}: {each.why}" for each in self._lost])
         self._store_lines(RENAMED, [f"{name} is stored as {stored}" for name, stored in uploads.renamed])
+
+    def _program_began(self) -> float:
+        """When the program started, by the clock that its files have their times from: it may have been set since."""
+        started, exit_record = self._job.spool.started(), self._job.spool.exit()
+        began = started.started_at if started else 0.0
+        if exit_record is None or not exit_record.ended_at:
+            return began
+        return min(began, exit_record.ended_at - exit_record.seconds)
 
     def _store_lines(self, artifact: str, lines: list[str]) -> None:
         def upload() -> None:

@@ -13,20 +13,18 @@ same for whoever goes on after this process.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .record import RecordError, RunRecord, Trouble
+from .record import RecordError, RunRecord, Trouble, scratch_file
 from .spool import Spool, read_json, write_json
 
 FOLDER = "logs"
@@ -41,7 +39,6 @@ INDEX_EVERY_S = 2.0  # while parts close one after the other
 SMALLEST_LIMIT_BYTES = 64 * 1024  # a server that refuses even that as too large is not worth smaller pieces
 KEEP_BYTES = 64 * 1024 * 1024  # of the stored log stays in the spool for those who follow it there
 LITTLE_DISK_BYTES = 256 * 1024 * 1024  # with less free space nothing stored is kept
-SCRATCH = "upload-"
 
 
 @dataclass(frozen=True)
@@ -198,24 +195,11 @@ class LogUploader:
         self._save()
 
     def _upload(self, path: str, offset: int, length: int) -> str:
-        with contextlib.ExitStack() as scratch:
-            copy = self._copied(scratch, Path(path).name, offset, length)
+        # On another disk where the spool's is full: only what is stored can be dropped from there.
+        with scratch_file(Path(path).name, lambda file: self._copy(offset, length, file), self._spool.path) as copy:
             self._record.upload_file(copy, FOLDER)
         self.sent_bytes += length
         return self._digest(offset, length)
-
-    def _copied(self, scratch: contextlib.ExitStack, name: str, offset: int, length: int) -> Path:
-        """A file of that name with these bytes of the log. On another disk where the spool's is full: only what is
-        stored can be dropped from there."""
-        for place in (self._spool.path, None, "/dev/shm"):
-            try:
-                folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place))
-                self._copy(offset, length, Path(folder, name))
-                return Path(folder, name)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
-                    raise
-        raise OSError(errno.ENOSPC, "No disk has room for a part of the log", name)
 
     def _copy(self, offset: int, length: int, target: Path) -> None:
         with open(target, "wb") as file:
@@ -226,8 +210,11 @@ class LogUploader:
 
     def _save(self) -> None:
         document = {**json.loads(dump_index(self._parts)), "foreign": self._foreign}
-        with contextlib.suppress(OSError):  # a full disk: whoever goes on without it finds the same in the run's index
+        try:
             write_json(self._state, document)
+        except OSError:  # a full disk: whoever goes on finds the same in the run's index, and must find nothing older
+            self._state.unlink(missing_ok=True)
+            self._index_due = self._clock()
 
     def _write_index_if_due(self, now_or_never: bool = False) -> None:
         due = now_or_never or (self._parts and self._clock() >= self._index_due)

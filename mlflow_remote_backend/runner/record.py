@@ -12,6 +12,7 @@ through the tracking server (:func:`survives_fork`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
@@ -45,7 +46,9 @@ T = TypeVar("T")
 class Trouble(enum.Enum):
     """Who can mend a failed call."""
 
-    AWAY = "away"  # time: network, 5xx, 429, a locked database, a full disk, and whatever we do not know
+    # Time: network, 5xx, 429, a locked database, a full disk, a server that does not know the run (it may have been
+    # started with another database), and whatever we do not know.
+    AWAY = "away"
     AUTH = "auth"  # new credentials: 401, 403
     TOO_LARGE = "too large"  # smaller pieces: 413
     GONE = "gone"  # nobody: the run was deleted
@@ -156,9 +159,7 @@ class RunRecord:
     def upload(self, data: bytes, name: str) -> None:
         """Store the bytes as the artifact ``name`` (``folder/file``)."""
         folder, _, base = name.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="mlflow-remote-") as scratch:
-            path = Path(scratch, base)
-            path.write_bytes(data)
+        with scratch_file(base, lambda file: file.write_bytes(data)) as path:
             self.upload_file(path, folder)
 
     def download(self, name: str) -> bytes | None:
@@ -201,6 +202,23 @@ class RunRecord:
         mlflow.set_tracking_uri(self.run.tracking_uri)  # the runner's process serves this one run
         uri = f"runs:/{self.run.run_id}/{path}"
         return str(mlflow.register_model(uri, name, await_registration_for=0, tags=dict(tags)).version)
+
+
+@contextlib.contextmanager
+def scratch_file(name: str, write: Callable[[Path], object], *places: Path) -> Iterator[Path]:
+    """A file of that name that ``write`` fills: in the first of the places, or of temporary ones, that has room."""
+    with contextlib.ExitStack() as scratch:
+        for place in (*places, None, "/dev/shm"):
+            try:
+                folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-remote-", dir=place))
+                write(Path(folder, name))
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
+                    raise
+        else:
+            raise OSError(errno.ENOSPC, "No disk has room for a file to upload", name)
+        yield Path(folder, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- patience
@@ -249,7 +267,6 @@ _BY_MLFLOW_CODE = {
     "UNAUTHENTICATED": Trouble.AUTH,
     "CUSTOMER_UNAUTHORIZED": Trouble.AUTH,
     "PERMISSION_DENIED": Trouble.AUTH,
-    "RESOURCE_DOES_NOT_EXIST": Trouble.GONE,
     "INVALID_PARAMETER_VALUE": Trouble.REFUSED,
     "BAD_REQUEST": Trouble.REFUSED,
 }

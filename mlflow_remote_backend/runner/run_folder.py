@@ -94,8 +94,9 @@ class RunFolder:
         return envelope.load(self.envelope.read_bytes())
 
     def say(self, phase: str, detail: str = "") -> None:
-        """Tell whoever looks where the supervisor is on its way."""
-        write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
+        """Tell whoever looks where the supervisor is on its way. On a full disk they see what it told before."""
+        with contextlib.suppress(OSError):
+            write_json(self._progress, {"pid": os.getpid(), "phase": phase, "detail": detail})
 
     def said(self) -> dict[str, Any]:
         """What the supervisor told last; empty if none ever lived."""

@@ -340,11 +340,22 @@ def secrets_script(values: Mapping[str, str]) -> str:
 def kill_orphans(started: Started) -> None:
     """Kill what is left of a program whose execute was killed. Does nothing where the program ran in another place.
 
-    Processes are known by their session and by the token in their environment, which together no other one has.
+    Processes are known by the token in their environment, also those that made themselves sessions of their own. A job
+    that the program submitted has it too, but outlives it: the sessions of its supervisor and execute are spared.
     """
+    from .execute import is_execute, is_supervisor  # which Windows cannot import
+
     token = f"MLFLOW_REMOTE_EXECUTION={started.token}".encode()
+    sessions: dict[int, int] = {}
+    spared: set[int] = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
-            session = (folder / "stat").read_text().rpartition(")")[2].split()[3]
-            if session == str(started.pid) and token in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+            if token in (folder / "environ").read_bytes().split(b"\0"):
+                pid, session = int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                sessions[pid] = session
+                if session != started.pid and (is_supervisor(pid) or is_execute(pid)):
+                    spared.add(session)
+    for pid, session in sessions.items():
+        if session not in spared:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)

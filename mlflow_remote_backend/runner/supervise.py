@@ -83,6 +83,7 @@ class Start:
     environ: Mapping[str, str] = field(repr=False)
     program_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     caller_dir: str = ""
+    last_chance: bool = False  # after this supervisor there is no other: it ends the run as well as possible
     recovery: bool = False  # an earlier supervisor died: whoever looked has not the variables to start the program with
 
 
@@ -260,7 +261,15 @@ def supervise(folder: RunFolder, program: Program, start: Start) -> None:
     from .record import RunRecord
 
     with RunRecord(spec.run) as record, _environment_in_use(spec):
-        outcome = observe(spec, folder.spool, record, work_dir=job.work_dir, alive=job.alive, on_phase=job.entered)
+        outcome = observe(
+            spec,
+            folder.spool,
+            record,
+            work_dir=job.work_dir,
+            alive=job.alive,
+            on_phase=job.entered,
+            last_chance=start.last_chance,
+        )
     job.end()
     if outcome.finalized or outcome.gone:
         folder.remove()

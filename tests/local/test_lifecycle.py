@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,14 +11,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
+from mlflow.exceptions import ExecutionException
 from tracking_server import copy_database
 
 from mlflow_remote_backend import gc, submission_folder
+from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.compute.local import LocalCompute
 from mlflow_remote_backend.environment import cache
+from mlflow_remote_backend.errors import ComputeError
+from mlflow_remote_backend.runner import run_folder
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.submitted_run import attach
@@ -245,6 +251,17 @@ def test_a_supervisor_that_always_dies_does_not_come_back_for_ever(sqlite_tracki
     os.kill(started.pid, signal.SIGKILL)
 
 
+def test_who_waits_for_a_run_that_is_deleted_is_told_so(sqlite_tracking, make_project, tmp_path, mlflow_run):
+    process = mlflow_run.start(waiting_project(make_project, tmp_path / "stop"), "--backend", "remote")
+    run_id = until(lambda: [each.info.run_id for each in all_runs()], 60, "a run")[0]
+    until_logged(attach(run_id), "before")
+    mlflow.MlflowClient().delete_run(run_id)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"Run {run_id} was deleted" in said
+    assert not list(all_folders())
+
+
 def test_a_long_lived_submitter_has_no_zombies_and_no_threads_left(supervisor, sqlite_tracking, make_project):
     before = {each.ident for each in threading.enumerate()}
     for run in [submit(make_project("echo x", name=f"p{i}")) for i in range(2)]:
@@ -400,3 +417,49 @@ def test_the_environment_of_a_running_job_is_in_use_for_whoever_shares_the_cache
     run.cancel()
     assert ended(run).status == "KILLED"
     until(lambda: cache.prune(tmp_path / "cache", 0.0).environments, 10, "the environment to be free")
+
+
+# -- this machine's disk is full ---------------------------------------------------------------------------------------
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_supervisor_that_cannot_tell_where_it_is_goes_on(tmp_path, monkeypatch):
+    folder = RunFolder("run", tmp_path)
+    folder.path.mkdir(parents=True)
+    folder.say("running")
+    monkeypatch.setattr(run_folder, "write_json", no_room)
+    folder.say("finalizing")
+    assert folder.said()["phase"] == "running"
+
+
+def test_a_dead_supervisor_is_replaced_once_there_is_room_again(tmp_path, monkeypatch):
+    compute = LocalCompute(tmp_path)
+    folder = RunFolder("run", tmp_path)
+    folder.path.mkdir(parents=True)
+    folder.say("running")
+    monkeypatch.setattr(RunFolder, "count_recovery", no_room)
+    with pytest.raises(ComputeError, match="cannot be written") as raised:
+        compute.recover(compute.handle_of(folder))
+    assert raised.value.transient
+    assert not folder.supervised()
+
+
+def test_a_job_can_be_cancelled_all_the_same(tmp_path, monkeypatch):
+    compute = LocalCompute(tmp_path)
+    folder = RunFolder("run", tmp_path)
+    folder.path.mkdir(parents=True)
+    monkeypatch.setattr(run_folder, "replace_text", no_room)
+    compute.cancel(compute.handle_of(folder))
+    assert folder.cancel.read_text() == ""
+
+
+def test_a_submission_that_does_not_fit_ends_its_run_and_leaves_nothing(sqlite_tracking, make_project, monkeypatch):
+    monkeypatch.setattr(supervised, "shutil", SimpleNamespace(copyfile=no_room))
+    with pytest.raises(ExecutionException, match="cannot be copied"):
+        submit(make_project("echo x"))
+    (run,) = all_runs()
+    assert (run.info.status, run.data.tags["mlflow_remote.reason"]) == ("FAILED", "BOOTSTRAP")
+    assert not list(all_folders())

@@ -39,6 +39,17 @@ def test_it_exits_1_with_the_reason_and_the_last_lines_unless_they_were_shown(
     }
 
 
+@pytest.mark.parametrize("how", [(), ("--tail", "5")])
+def test_a_terminal_without_the_programs_characters_shows_the_rest(
+    how, sqlite_tracking, make_project, mlflow_run, mlflow_remote
+):
+    screen = {"PYTHONIOENCODING": "cp1252"}
+    done = mlflow_run(make_project("echo first; echo ✓; echo last"), "--backend", "remote", env=screen)
+    assert done.stdout == "first\n?\nlast\n"
+    shown = mlflow_remote("logs", *how, only_run().info.run_id, env=screen)
+    assert (shown.returncode, shown.stdout) == (0, "first\n?\nlast\n"), shown.stderr
+
+
 def test_run_name_and_run_id_of_the_command_line_are_honoured(sqlite_tracking, make_project, mlflow_run):
     given = mlflow.MlflowClient().create_run("0").info.run_id
     project = make_project("echo x")

@@ -13,6 +13,7 @@ import pytest
 from faults import fault_proxy, is_api, is_artifact
 
 from mlflow_remote_backend import submitted_run
+from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.errors import TrackingError
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
@@ -96,6 +97,20 @@ def test_a_server_that_is_away_until_after_the_end_loses_nothing(how, server, wa
     assert (view.status, view.tag("reason"), view.tag("exit_code")) == ("FAILED", "USER_ERROR", "4")
     assert stored_log(run.run_id) == b"before\nafter\n"
     assert artifact(run.run_id, "outputs/r") == b"r\n"
+
+
+def test_what_can_never_be_uploaded_is_named_in_the_end(server, waiting, monkeypatch):
+    """The store of artifacts takes nothing any more, whoever comes to finish the job; the tracking server does."""
+    monkeypatch.setattr(supervised, "MOST_RECOVERIES", 1)
+    project, stop = waiting
+    run = submit(project, finalize_timeout="2s")
+    until(lambda: run.view().tag("phase") == "running", 60, "running")
+    server.fail(500, is_artifact)
+    stop.touch()
+    view = ended(run)
+    assert (view.status, view.tag("reason"), view.tag("exit_code")) == ("FAILED", "USER_ERROR", "4")
+    assert "could not be uploaded" in view.tag("message")
+    until(lambda: not list(all_folders()), 30, "its folder removed")
 
 
 def test_who_waits_goes_on_waiting_and_is_right_in_the_end(server, waiting):

@@ -323,6 +323,26 @@ def test_when_execute_is_killed_its_lock_tells_and_the_log_has_all_until_then(
     until(lambda: not _session_members(started.pid))
 
 
+@pytest.mark.parametrize("name", ["python -m mlflow_remote_backend.runner.supervise", "sleep"])
+def test_when_execute_is_killed_daemons_of_its_program_are_found_and_a_job_that_it_submitted_is_spared(
+    execute_py: Starter, until: Callable[..., Any], name: str
+) -> None:
+    execution = execute_py(f"setsid bash -c 'echo $$; exec -a \"{name}\" sleep 3600' & sleep 3600")
+    until(lambda: execution.log().endswith(b"\n"))
+    daemon = int(execution.log())
+    until(lambda: name.encode() in Path(f"/proc/{daemon}/cmdline").read_bytes())
+    execution.kill()
+    started = execution.spool.started()
+    assert started is not None
+    kill_orphans(started)
+    until(lambda: not _session_members(started.pid))
+    if name == "sleep":
+        until(lambda: not _session_members(daemon))
+    else:
+        assert _session_members(daemon)
+        os.kill(daemon, signal.SIGKILL)
+
+
 def _session_members(session: int) -> list[str]:
     found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True).stdout
     return [line for line in found.splitlines() if " Z" not in line]
@@ -334,7 +354,6 @@ def test_orphans_of_another_program_are_let_alone(execute_py: Starter) -> None:
     started = execution.spool.started()
     assert started is not None
     kill_orphans(type(started)(pid=started.pid, token="another"))
-    kill_orphans(type(started)(pid=os.getpid(), token=started.token))
     assert execution.process.poll() is None
     assert _session_members(started.pid)
     execution.process.terminate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from mlflow_remote_backend.job import EntryPoint, EnvironmentRef, JobSpec, RunRe
 from mlflow_remote_backend.runner.finalise import finish
 from mlflow_remote_backend.runner.parts import load_index
 from mlflow_remote_backend.runner.record import RunRecord
-from mlflow_remote_backend.runner.spool import Prepared
+from mlflow_remote_backend.runner.spool import Prepared, read_json, write_json
 
 T = TypeVar("T")
 
@@ -104,5 +103,14 @@ def test_a_run_that_is_gone_is_let_alone(sqlite_run: RunRef, execute_py: Starter
     ended.wait()
     mlflow.MlflowClient(sqlite_run.tracking_uri).delete_run(sqlite_run.run_id)
     assert finish(spec_of(sqlite_run), ended.spool.path, RunRecord(sqlite_run), work_dir=tmp_path).gone
-    never = dataclasses.replace(sqlite_run, run_id="f" * 32)
-    assert finish(spec_of(never), ended.spool.path, RunRecord(never), work_dir=tmp_path).gone
+
+
+def test_a_clock_that_was_set_back_hides_no_output(sqlite_run: RunRef, execute_py: Starter, tmp_path: Path) -> None:
+    """The program started while the clock was an hour ahead; what it wrote has the right time."""
+    ended = execute_py("mkdir outputs; echo x > outputs/one")
+    ended.wait()
+    for name in ("started.json", "exit.json"):
+        record = read_json(ended.spool.path / name) or {}
+        write_json(ended.spool.path / name, {**record, "started_at": record["started_at"] + 3600})
+    assert finish(spec_of(sqlite_run), ended.spool.path, RunRecord(sqlite_run), work_dir=tmp_path).finalized
+    assert RunRecord(sqlite_run).download("outputs/one") == b"x\n"

@@ -318,6 +318,28 @@ def test_a_run_that_is_deleted_takes_its_program_with_it(
     assert observed.execution.wait().stopped_by == "cancel"
 
 
+@pytest.mark.parametrize("when", ["while it runs", "when it ends"])
+def test_a_server_that_does_not_know_the_run_for_a_while_stops_and_loses_nothing(
+    sqlite_run: RunRef, start: Callable[..., Observed], tmp_path: Path, quick_looks: None, when: str
+) -> None:
+    """Such as one that was started with another database."""
+    stop = tmp_path / "stop"
+    observed = start(sqlite_run, f"echo started; while [ ! -e {stop} ]; do sleep 0.05; done; exit 3")
+    observed.execution.until_log_has(b"started")
+    with sqlite3.connect(sqlite_run.tracking_uri.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE runs SET run_uuid = 'hidden'")
+    if when == "when it ends":
+        stop.touch()
+        observed.execution.wait()
+    time.sleep(3)
+    with sqlite3.connect(sqlite_run.tracking_uri.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE runs SET run_uuid = ?", (sqlite_run.run_id,))
+    stop.touch()
+    assert observed.ended().finalized
+    left = left_of(sqlite_run, tmp_path)
+    assert (left.status, left.tags["exit_code"], left.log) == ("FAILED", "3", b"started\n")
+
+
 def test_a_run_that_somebody_ended_stops_its_program(
     sqlite_run: RunRef, start: Callable[..., Observed], tmp_path: Path, quick_looks: None
 ) -> None:

@@ -257,6 +257,25 @@ def test_with_a_full_spool_the_log_is_uploaded_over_another_disk(bench: Bench, m
     assert bench.stored() == bench.written
 
 
+def test_a_process_that_died_while_it_could_write_no_note_is_followed_by_one_that_loses_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, so what is stored is dropped from the spool at once: an old note would ask for it again."""
+    monkeypatch.setattr(parts, "LITTLE_DISK_BYTES", 1 << 62)
+    bench.write(1000)
+    bench.step()
+    bench.step(10)
+    with monkeypatch.context() as full:
+        full.setattr(parts, "write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        bench.write(3 * SEGMENT_BYTES)
+        bench.step()
+    assert bench.spool.log.start() > 0
+    bench.start_anew()
+    bench.step(final=True)
+    content = b"".join(RunRecord(bench.run).download(part.path) or b"" for part in bench.index())
+    assert content == bench.written
+
+
 def test_bytes_that_are_gone_are_a_gap_and_no_lie(bench: Bench) -> None:
     bench.write(SEGMENT_BYTES + 100)
     (bench.spool.path / "log" / "000000").unlink()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -78,6 +80,23 @@ def test_artifacts_are_stored_replaced_and_read(run: RunRef, tmp_path: Path) -> 
     (tmp_path / "file").write_bytes(b"three")
     record.upload_file(tmp_path / "file", "outputs/deep")
     assert record.download("outputs/deep/file") == b"three"
+
+
+def test_with_a_full_disk_small_things_are_uploaded_from_another(
+    run: RunRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if tmp_path in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "tempdir", str(tmp_path))
+        patched.setattr(Path, "write_bytes", full)
+        RunRecord(run).upload(b"one", "logs/a")
+    assert RunRecord(run).download("logs/a") == b"one"
 
 
 def test_a_file_that_vanished_is_no_trouble_of_the_server(run: RunRef, tmp_path: Path) -> None:
@@ -166,9 +185,9 @@ def test_a_deleted_run_of_a_folder_is_gone(tmp_path: Path, monkeypatch: pytest.M
     assert trouble(RunRecord(run), "log") is Trouble.GONE
 
 
-def test_a_run_that_never_was_is_gone(run: RunRef) -> None:
+def test_a_server_that_does_not_know_the_run_is_away(run: RunRef) -> None:
     record = RunRecord(dataclasses.replace(run, run_id="0" * 32))
-    assert {trouble(record, what) for what in ("log", "look", "end")} == {Trouble.GONE}
+    assert {trouble(record, what) for what in ("log", "look", "end")} == {Trouble.AWAY}
 
 
 def test_a_store_whose_client_library_is_missing_is_not_waited_for(
