@@ -16,7 +16,7 @@ from . import compute as computes
 from .compute.base import Compute
 from .compute.supervised import SupervisedCompute
 from .deployment import looking
-from .errors import ComputeError, JobError, RemoteError, RequestError
+from .errors import ComputeError, ConfigError, JobError, RemoteError, RequestError
 from .follow import settle
 from .runner.run_folder import RunFolder, all_folders, state_root
 from .submission_folder import sweep
@@ -78,7 +78,7 @@ def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
 def _is_of(tracking: Tracking, folder: RunFolder) -> bool:
     """Whether the job reports to this server: another one must not be asked whether its run is known."""
     try:
-        return absolute_uri(folder.spec().run.tracking_uri).rstrip("/") == tracking.uri.rstrip("/")
+        return absolute_uri(folder.spec().run.at_submitter.tracking_uri).rstrip("/") == tracking.uri.rstrip("/")
     except (OSError, JobError):
         return True  # never written, or unreadable: of nobody else
 
@@ -140,7 +140,7 @@ def _engine(tracking: Tracking, dry_run: bool, cache: bool) -> Iterator[Collecte
     compute = DockerCompute.from_options({})
     try:
         left = compute.leftovers(tracking.uri)
-    except ComputeError:
+    except (ComputeError, ConfigError):
         return
     for each in left:
         view = _view(tracking, each.run_id)

@@ -172,6 +172,12 @@ class RunRef:
     experiment_id: str = ""
     artifact_uri: str = "ARTIFACT_URI"
     tracking_uri: str = ""  # as the job reaches it, without credentials
+    submitter_uri: str = ""  # as a supervisor on the submitter's machine reaches it; empty: the same
+
+    @property
+    def at_submitter(self) -> RunRef:
+        """The run as the submitter's machine reaches it."""
+        return dataclasses.replace(self, tracking_uri=self.submitter_uri or self.tracking_uri)
 
     @property
     def opened(self) -> bool:

@@ -24,6 +24,7 @@ from . import compute as computes
 from . import config as configuration
 from . import project, snapshot, submission_folder
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
+from .compute.supervised import SupervisedCompute
 from .config import BackendConfig, CliContext
 from .errors import RemoteError, TrackingError
 from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, SnapshotRef
@@ -414,7 +415,8 @@ def _diagnosis(error: BaseException) -> Diagnosis:
 
 def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, secrets: Secrets) -> JobHandle:
     spec = planned.request.spec
-    job_run = RunRef(run.run_id, run.experiment_id, run.artifact_uri, spec.run.tracking_uri)
+    ours = run.tracking_uri if isinstance(compute, SupervisedCompute) else ""
+    job_run = RunRef(run.run_id, run.experiment_id, run.artifact_uri, spec.run.tracking_uri, ours)
     url = compute.handle_url(spec.bind(job_run, spec.snapshot))
     tracking.set_tags(run.run_id, {PREFIX + "handle": url})
     stored = _store(tracking, run, planned)

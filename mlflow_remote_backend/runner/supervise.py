@@ -114,7 +114,7 @@ def _fork_is_safe(spec: JobSpec) -> bool:
         return wish == "fork"
     if not sys.platform.startswith("linux") or "mlflow.tracking" not in sys.modules or "IPython" in sys.modules:
         return False
-    if not survives_fork(spec.run.tracking_uri, spec.run.artifact_uri):
+    if not survives_fork(spec.run.at_submitter.tracking_uri, spec.run.artifact_uri):
         return False
     return threading.current_thread() is threading.main_thread() and not _threads_in_the_way()
 
@@ -260,7 +260,7 @@ def supervise(folder: RunFolder, program: Program, start: Start) -> None:
     from .observe import observe
     from .record import RunRecord
 
-    with RunRecord(spec.run) as record, _environment_in_use(spec):
+    with RunRecord(spec.run.at_submitter) as record, _environment_in_use(spec):
         outcome = observe(
             spec,
             folder.spool,

@@ -15,6 +15,8 @@ import pytest
 from mlflow_remote_backend import cli
 from mlflow_remote_backend.compute.base import JobHandle, Secrets
 from mlflow_remote_backend.compute.docker import DockerCompute, request
+from mlflow_remote_backend.compute.docker import engine as engines
+from mlflow_remote_backend.compute.docker.engine import Endpoint
 from mlflow_remote_backend.errors import ComputeError, ConfigError, ProjectError
 from mlflow_remote_backend.job import EnvironmentRef, Limits, Phase, Resources, Retry
 from mlflow_remote_backend.runner.run_folder import RunFolder
@@ -106,7 +108,47 @@ def test_a_context_names_the_engine(tmp_path, monkeypatch) -> None:
         DockerCompute({"context": "nowhere"}).describe()
 
 
+def test_an_engines_own_ca_holds_whatever_others_use(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/ssl/certs/others.pem")
+    for name in ("cert.pem", "key.pem", "ca.pem"):
+        (tmp_path / name).touch()
+    endpoint = Endpoint("tcp://127.0.0.1:2376", cert_path=str(tmp_path))
+    client = engines._client(version="1.41", **endpoint.arguments())
+    merged = client.merge_environment_settings(client.base_url, {}, None, None, None)
+    assert merged["verify"] == str(tmp_path / "ca.pem")
+
+
+def test_an_engine_stays_the_same_whatever_becomes_of_its_context(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    context = ["docker", "context"]
+    subprocess.run([*context, "create", "there", "--docker", "host=tcp://127.0.0.1:1"], check=True, capture_output=True)
+    recorded = {"endpoint": dataclasses.asdict(Endpoint.from_options({"context": "there"}, {}))}
+    for change in (["update", "there", "--docker", "host=tcp://127.0.0.1:2"], ["rm", "there"]):
+        subprocess.run([*context, *change], check=True, capture_output=True)
+        assert Endpoint.from_options(recorded, {}).arguments()["base_url"] == "tcp://127.0.0.1:1"
+
+
 # -- runs
+
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_a_server_that_only_the_container_reaches_at_that_address(
+    make_tracking_server, run_project, monkeypatch, until
+) -> None:
+    import mlflow
+
+    server = make_tracking_server(host="0.0.0.0", options=("--allowed-hosts", "*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    mlflow.set_tracking_uri(server.url)
+    uri = f"http://host.docker.internal:{server.port}"
+    try:
+        run = run_project("echo $MLFLOW_TRACKING_URI", docker={"network": None}, tracking_uri=uri)
+        until(lambda: run.view().ended)
+        assert run.get_status() == "FINISHED"
+        assert list(run.logs()) == [uri]
+    finally:
+        mlflow.set_tracking_uri("")
 
 
 @pytest.mark.usefixtures("no_leftovers")
@@ -254,6 +296,15 @@ def test_gc_removes_what_an_ended_run_left_and_nothing_else(abandoned, engine, c
     assert name in capsys.readouterr().out
     assert engine.inspect(name) is None
     assert engine.volume(name) is None
+
+
+@pytest.mark.usefixtures("sqlite_tracking")
+def test_gc_does_without_an_engine_whose_context_is_gone(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("DOCKER_CONTEXT", "gone")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    assert cli.main(["gc"]) == 0
+    assert "gone" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tracking")

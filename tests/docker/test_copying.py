@@ -75,6 +75,24 @@ def test_what_was_there_before_is_replaced(root) -> None:
     assert [each.name for each in (root / "outputs").iterdir()] == ["new"]
 
 
+def test_what_is_as_it_came_with_the_project_is_left_out(tmp_path) -> None:
+    root, came = tmp_path / "root", tmp_path / "came"
+    files = {"same": b"1", "changed": b"1", "deep/same": b"1", "gone": b"1"}
+    for name, content in files.items():
+        (root / "outputs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "outputs" / name).write_bytes(content)
+    untouched = [("same", b"1", {}), ("deep/same", b"1", {}), ("moved", b"1", {})]
+    touched = [("changed", b"2", {"mtime": 1}), ("rewritten", b"1", {"mtime": 1})]
+    links = [link("outputs/latest", "deep/same"), link("outputs/new", "changed")]
+    links.append(link("outputs/hard", "outputs/same", tarfile.LNKTYPE))
+    members = [("outputs", None, {}), *((f"outputs/{name}", *rest) for name, *rest in (*untouched, *touched)), *links]
+    for _ in range(2):  # as after a connection that broke
+        copying.set_aside(root / "outputs", came)
+        copying.unpack(in_pieces(archive_of(*members)), root, "outputs", came)
+        found = {each.name: each.read_bytes() for each in (root / "outputs").rglob("*") if each.is_file()}
+        assert found == {"moved": b"1", "changed": b"2", "rewritten": b"1", "new": b"2", "hard": b"1"}
+
+
 def test_a_nested_output_folder_keeps_its_place(root) -> None:
     copying.unpack(in_pieces(archive_of(("b", None, {}), ("b/file", b"1", {}))), root, "a/b")
     assert (root / "a/b/file").read_bytes() == b"1"

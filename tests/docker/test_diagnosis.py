@@ -48,6 +48,8 @@ def test_why_a_container_did_not_start(words: str, reason: Reason, said: str) ->
         ({"ExitCode": 127}, "sh: cat: not found", Reason.BOOTSTRAP, "POSIX shell"),
         ({"ExitCode": 137}, "", Reason.KILLED_BY_SYSTEM, "SIGKILL"),
         ({"ExitCode": 255}, "", Reason.KILLED_BY_SYSTEM, "reboot"),
+        ({"ExitCode": 1}, "exec /bin/sh: exec format error", Reason.CONTAINER_CONFIG, "another kind of machine"),
+        ({"ExitCode": 255}, "exec /bin/sh: exec format error", Reason.CONTAINER_CONFIG, "another kind of machine"),
         ({"ExitCode": 0}, "", Reason.KILLED_BY_SYSTEM, "exit code 0"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "environment"))
 
 import channel as channels
 from bench import Bench
+from engine_proxy import engine_proxy
 from wheels import Index, serving, wheel
 
 from mlflow_remote_backend.compute.docker import request
-from mlflow_remote_backend.compute.docker.engine import Engine
+from mlflow_remote_backend.compute.docker.engine import Endpoint, Engine, Refused
 from mlflow_remote_backend.job import EnvironmentRef
 
 pytestmark = pytest.mark.docker
@@ -174,6 +176,38 @@ def test_a_built_image_is_pushed_and_found_again(make_job, bench, client, regist
     assert again.run().exit_code == 0, again.log()
     assert not any("making" in detail for detail in again.details)
     assert [each["Id"] for each in built_images(ref)] == [made["Id"]]
+
+
+def test_an_image_whose_push_failed_is_pushed_by_the_next_run(
+    make_job, bench, registry, built_images, monkeypatch
+) -> None:
+    ref = bench.python_env("needed").lock()
+    options = {"build": True, "repository": f"{registry}/team/{uuid.uuid4().hex[:8]}"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "push", _denied)
+        assert "denied" in make_job("true", environment=ref, options=options).prepare_failed()["words"]
+    assert make_job("true", environment=ref, options=options).run().exit_code == 0
+    (made,) = built_images(ref)
+    assert made["RepoDigests"][0].startswith(f"{options['repository']}@sha256:")
+
+
+def test_an_engine_that_is_silent_while_it_makes_an_image_is_waited_for(engine, shell_image) -> None:
+    name = f"mlflow-remote-test-{uuid.uuid4().hex[:8]}"
+    container = engine.create(name, {"Image": shell_image})
+    try:
+        with engine_proxy() as proxy:
+            impatient = Engine.connect(Endpoint(proxy.url), timeout_s=1)
+            proxy.freeze()
+            threading.Timer(2.5, proxy.thaw).start()
+            made = impatient.commit(container, name, "1", {}, "")
+        assert engine.image(f"{name}:1")["Id"] == made
+    finally:
+        engine.remove(container)
+        engine.remove_image(f"{name}:1")
+
+
+def _denied(*args: Any) -> None:
+    raise Refused("The Docker engine could not push.", words="denied: requested access to the resource is denied")
 
 
 @pytest.mark.usefixtures("tracking", "no_leftovers")

@@ -104,6 +104,16 @@ def test_what_docker_login_left_opens_a_private_registry(registry, pushed, tmp_p
         logged_in.remove_image(name)
 
 
+@pytest.mark.filterwarnings("ignore:docker-credential")
+def test_a_credential_helper_that_is_not_there_has_no_credentials(pushed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"credsStore": "no-such-helper"}))
+    engine = Engine.connect(Endpoint.from_options({}, os.environ))
+    assert images.look_up(engine, pushed, pull="missing", platform="", auth=None).digest
+    assert images.obtain(engine, pushed).id
+    engine.remove_image(pushed)
+
+
 @pytest.mark.usefixtures("no_leftovers")
 def test_a_run_pulls_its_image_with_docker_auth(tracking, engine, registry, pushed, make_project) -> None:
     import mlflow

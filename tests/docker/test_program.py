@@ -18,7 +18,7 @@ from engine_proxy import EngineProxy, engine_proxy
 from mlflow_remote_backend.compute.docker import mirror, request
 from mlflow_remote_backend.compute.docker.engine import Connection, Endpoint, Engine
 from mlflow_remote_backend.compute.docker.watch import ContainerRun, remove
-from mlflow_remote_backend.errors import ComputeError, JobError
+from mlflow_remote_backend.errors import ComputeError, ConfigError, JobError
 from mlflow_remote_backend.job import Limits, Reason, Resources
 from mlflow_remote_backend.runner.spool import Spool
 from mlflow_remote_backend.runner.supervise import Start
@@ -122,6 +122,16 @@ def test_links_in_outputs_stay_inside_and_devices_stay_behind(make_job) -> None:
     assert os.readlink(outputs / "inside") == "real"
     assert (outputs / "hard").read_bytes() == b"a\n"
     assert sorted(map(os.fsencode, os.listdir(outputs))) == [b"empty", b"hard", b"inside", b"odd\n\xffname", b"real"]
+
+
+def test_outputs_that_came_with_the_project_are_no_outputs_of_the_run(make_job) -> None:
+    files = {f"{folder}/{name}": "old" for folder in ("outputs", "outputs/deep") for name in ("same", "changed")}
+    command = "echo new > outputs/new; echo new > outputs/changed; cp -p MLproject outputs; cat outputs/deep/same"
+    job = make_job(command, files=files, outputs=("outputs", "outputs/deep"))
+    assert job.run().exit_code == 0
+    assert job.log() == b"old"
+    found = (each for each in (job.folder.work / "outputs").rglob("*") if each.is_file())
+    assert sorted(each.name for each in found) == ["MLproject", "changed", "new"]
 
 
 def test_outputs_belong_to_the_caller(make_job) -> None:
@@ -231,6 +241,27 @@ def test_the_images_entrypoint_wraps_the_program(make_job, image_with) -> None:
     assert job.log() == b"yes two  words\n"
 
 
+@pytest.mark.parametrize("entrypoint", [["/bin/sh", "-c"], ["env", "bash", "--norc", "-ec"]], ids=str)
+def test_a_shell_as_entrypoint_runs_the_programs_line(make_job, image_with, entrypoint) -> None:
+    job = make_job("echo 'two  words'; exit 5", image=image_with("shell", Entrypoint=entrypoint))
+    assert job.run().exit_code == 5
+    assert job.log() == b"two  words\n"
+
+
+def test_an_entrypoint_that_would_ignore_the_program_is_refused(make_job, image_with) -> None:
+    job = make_job("exit 5", image=image_with("ignores", Entrypoint=["/bin/sh", "-c", "true"]))
+    with pytest.raises(JobError, match="ignores") as failed:
+        job.start()
+    assert failed.value.code == "CONTAINER_CONFIG"
+
+
+def test_a_shell_that_hands_its_arguments_on_wraps_the_program(make_job, image_with) -> None:
+    entrypoint = ["/bin/sh", "-c", 'WRAPPED=yes exec "$@"', "--"]
+    job = make_job("echo $WRAPPED", image=image_with("hands-on", Entrypoint=entrypoint))
+    assert job.run().exit_code == 0
+    assert job.log() == b"yes\n"
+
+
 def test_an_entrypoint_that_is_not_there_is_named(make_job, image_with) -> None:
     image = image_with("no-entrypoint", Entrypoint=["/no/such/program"])
     record = make_job("true", image=image).run()
@@ -287,6 +318,33 @@ def test_a_program_that_ignores_sigterm_is_killed_after_its_grace_period(make_jo
     running.stop(0.5)
     record = job.end(running)
     assert (record.stopped_by, record.killed) == ("cancel", True)
+
+
+def test_a_cancel_that_the_engine_did_not_hear_is_said_again(make_job, until, monkeypatch) -> None:
+    job = make_job("trap 'echo bye; exit 9' TERM; echo ready; while :; do sleep 0.1; done")
+    running = job.start()
+    until(lambda: job.log() == b"ready\n")
+    copy_in, away = Engine.copy_in, [True]
+
+    def away_at_first(*args: object) -> None:
+        if away and away.pop():
+            raise ComputeError("The Docker engine does not answer.", transient=True)
+        copy_in(*args)
+
+    monkeypatch.setattr(Engine, "copy_in", away_at_first)
+    running.stop(30)
+    record = job.end(running)
+    assert (record.stopped_by, record.exit_code) == ("cancel", 9)
+
+
+def test_a_container_that_takes_no_cancel_is_killed(make_job, engine, until, monkeypatch) -> None:
+    monkeypatch.setattr("mlflow_remote_backend.compute.docker.watch.STOP_MARGIN_S", 0.2)
+    command = "echo ready; sleep 2; rm -rf ../.mlflow-remote/spool; touch gone; sleep 600"
+    job = make_job(command, limits=Limits(grace_period_s=0.5), outputs=())
+    running = job.start()
+    until(lambda: "gone" in in_container(engine, job.name, ["ls", request.WORK]))
+    Spool(job.folder.spool).request_cancel()
+    assert job.end(running).error["code"] == "CANCELLED"
 
 
 def test_a_timeout_ends_the_program(make_job) -> None:
@@ -396,6 +454,22 @@ def test_an_engine_that_goes_away_and_comes_back_is_waited_for(make_job, proxy: 
     proxy.accept()
     assert job.end(running).exit_code == 0
     assert job.log() == b"before\nafter\n"
+
+
+def test_an_engine_whose_tls_files_are_away_is_waited_for(make_job, engine, monkeypatch) -> None:
+    job = make_job("sleep 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ContainerRun, "_watch", lambda self: None)
+        job.start()
+    away = [True]
+
+    def connect() -> Engine:
+        if away and away.pop():
+            raise ConfigError("The Docker engine's TLS files cannot be used.")
+        return engine
+
+    record = job.end(ContainerRun(connect, job.spec, job.folder, engine.inspect(job.name)["Id"]))
+    assert (record.exit_code, record.error) == (0, None)
 
 
 def test_a_cancelled_job_whose_engine_never_comes_back_is_given_up(make_job, proxy, engine, until, monkeypatch) -> None:

@@ -218,6 +218,14 @@ def test_an_argument_means_what_it_means_to_docker_run(given, key, value) -> Non
     assert arguments.apply(BASE, given).host[key] == value
 
 
+def test_an_argument_for_memory_wins_over_the_key() -> None:
+    asked = spec(resources=Resources(memory_bytes=64 << 20), options={"args": {"m": "128m"}})
+    host = request.container(asked, Image(), "").document["HostConfig"]
+    assert (host["Memory"], host["MemorySwap"]) == (128 << 20, 128 << 20)
+    swapping = spec(resources=Resources(memory_bytes=64 << 20), options={"args": {"memory-swap": "1g", "m": "128m"}})
+    assert request.container(swapping, Image(), "").document["HostConfig"]["MemorySwap"] == 1 << 30
+
+
 def test_privileged_gives_what_we_would_take() -> None:
     host = arguments.apply(BASE, {"privileged": True}).host
     assert host == {"Privileged": True, "SecurityOpt": []}

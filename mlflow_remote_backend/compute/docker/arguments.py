@@ -167,6 +167,14 @@ def _endpoint(key: str, convert: Callable[[str], Any] = str) -> Lay:
     return lay
 
 
+def _memory(draft: Draft, text: str) -> None:
+    """In place of resources.memory, which allows no swap: then neither does this."""
+    host, size = draft.host, size_bytes(text)
+    if host.get("MemorySwap") is not None and host["MemorySwap"] == host.get("Memory"):
+        host["MemorySwap"] = size
+    host["Memory"] = size
+
+
 def _label(draft: Draft, text: str) -> None:
     name, _, value = text.partition("=")
     if name.startswith("mlflow-remote/") or name == "app.kubernetes.io/managed-by":
@@ -334,7 +342,7 @@ _ARGUMENTS: dict[str, Lay] = {
     "log-driver": _log,
     "log-opt": _log_option,
     "mac-address": _set("MacAddress"),
-    "memory": _host("Memory", size_bytes),
+    "memory": _memory,
     "memory-reservation": _host("MemoryReservation", size_bytes),
     "memory-swap": _host("MemorySwap", _swap),
     "memory-swappiness": _host("MemorySwappiness", int),

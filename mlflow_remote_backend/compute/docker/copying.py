@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -157,11 +158,23 @@ def _members(archive: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Conten
             yield member, Content(stream) if stream is not None else None
 
 
-def unpack(archive: Iterator[bytes], root: Path, folder: str) -> list[str]:
+def set_aside(folder: Path, place: Path) -> None:
+    """Move a folder, as it came with the project, to ``place``; only the first time. There is a folder then."""
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and not folder.is_symlink():
+        folder.rename(place)
+    else:
+        place.mkdir()
+
+
+def unpack(archive: Iterator[bytes], root: Path, folder: str, came: Path | None = None) -> list[str]:
     """Write an engine's archive of the folder ``root/folder`` (as it is in the container) to that place.
 
-    What was there is removed first. Returns a line for each file that this machine cannot hold (its name is too long,
-    say). Raises OSError where the disk is full or the archive breaks off.
+    What was there is removed first. ``came``: the folder as it came with the project; files that are still as
+    :func:`pack` sent them are left out. Returns a line for each file that this machine cannot hold (its name is too
+    long, say). Raises OSError where the disk is full or the archive breaks off.
     """
     target = root / folder
     if target.is_symlink() or target.is_file():
@@ -170,6 +183,7 @@ def unpack(archive: Iterator[bytes], root: Path, folder: str) -> list[str]:
         shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     links: list[tuple[str, str]] = []
+    left_out: dict[str, Path] = {}
     problems: list[str] = []
     for member, content in _members(archive):
         path = _inside(folder, member.name)
@@ -179,22 +193,46 @@ def unpack(archive: Iterator[bytes], root: Path, folder: str) -> list[str]:
             links.append((path, member.linkname))
             continue
         try:
-            _make(root, folder, path, member, content)
+            _make(root, folder, path, member, content, left_out)
+            original = came / os.path.relpath(path, folder) if came is not None else None
+            if original is not None and _as_it_came(root / path, member, original):
+                (root / path).unlink()
+                left_out[path] = original
         except OSError as error:
             if error.errno is None or error.errno in _DISK_TROUBLE:
                 raise
             problems.append(f"{path}: {error.strerror}")
-    _link(root, links)
+    _link(root, [(path, target) for path, target in links if _points_to(path, target) not in left_out])
     return problems
 
 
-def _make(root: Path, folder: str, path: str, member: tarfile.TarInfo, content: Content | None) -> None:
+def _as_it_came(path: Path, member: tarfile.TarInfo, original: Path) -> bool:
+    """Nobody wrote to the file, whose time in the container is then the one that :func:`pack` gives."""
+    if not member.isreg() or member.mtime or original.is_symlink() or not original.is_file():
+        return False
+    return filecmp.cmp(path, original, shallow=False)
+
+
+def _make(
+    root: Path,
+    folder: str,
+    path: str,
+    member: tarfile.TarInfo,
+    content: Content | None,
+    left_out: Mapping[str, Path],
+) -> None:
     if member.isdir():
         (root / path).mkdir(parents=True, exist_ok=True)
     elif content is not None:
         _write(root / path, content, member.mode)
     elif member.islnk():
-        _copy_again(root, path, _inside(folder, member.linkname))
+        original = _inside(folder, member.linkname)
+        if original is not None:
+            _copy_again(root / path, left_out.get(original, root / original))
+
+
+def _points_to(path: str, target: str) -> str:
+    return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
 
 def _link(root: Path, links: Iterable[tuple[str, str]]) -> None:
@@ -220,10 +258,10 @@ def _write(path: Path, content: Content, mode: int) -> None:
             file.write(data)
 
 
-def _copy_again(root: Path, path: str, original: str | None) -> None:
+def _copy_again(path: Path, original: Path) -> None:
     """A further name of a file that the archive had before."""
-    if original is not None and (root / original).is_file():
-        shutil.copyfile(root / original, root / path)
+    if original.is_file():
+        shutil.copyfile(original, path)
 
 
 class _Reader:

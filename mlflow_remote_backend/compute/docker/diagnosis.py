@@ -43,6 +43,13 @@ def of_ended(
             words=words,
             hint="Raise resources.memory, or use less: smaller batches, fewer workers.",
         )
+    if "exec format error" in own_words:
+        return Diagnosis(
+            Reason.CONTAINER_CONFIG,
+            f"The image of container {name} is made for another kind of machine than the Docker engine's.",
+            words=own_words.strip(),
+            hint="Use an image for the engine's platform; `docker image inspect IMAGE` tells an image's Architecture.",
+        )
     if code in (125, 126, 127, 128) or (own_words and code not in (137, 143, 255)):
         return Diagnosis(
             Reason.BOOTSTRAP,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .ssh import SshAdapter
 
 TIMEOUT_S = 60.0
+COMMIT_TIMEOUT_S = 3600.0  # an environment of some 10 GB on a slow disk
 CONNECT_HINT = (
     "Is it running, and may you use it? `docker info` tells. "
     "docker.base_url, docker.context or DOCKER_HOST name another one."
@@ -49,7 +50,7 @@ class Refused(ComputeError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an engine is. ``context``: the Docker context that says so, if one does; then ``url`` is for people.
+    """Where an engine is. ``context``: the Docker context that says so, if one does; it has the TLS files.
 
     ``cert_path``: folder of the TLS files, empty for none; ``verify``: whether the engine's certificate is checked.
     """
@@ -103,7 +104,7 @@ class Endpoint:
 
         if self.context:
             found = ContextAPI.get_context(self.context)
-            return {"base_url": found.Host, **({"tls": found.TLSConfig} if found.TLSConfig else {})}
+            return {"base_url": self.url, **({"tls": found.TLSConfig} if found and found.TLSConfig else {})}
         if not self.cert_path:
             return {"base_url": self.url}
         cert, key, ca = (os.path.join(self.cert_path, name) for name in ("cert.pem", "key.pem", "ca.pem"))
@@ -184,13 +185,12 @@ class Engine:
     @classmethod
     def connect(cls, endpoint: Endpoint, timeout_s: float = TIMEOUT_S) -> Engine:
         """Raises a transient ComputeError where nothing answers, ConfigError where the address is no address."""
-        import docker
         import docker.errors
 
         if endpoint.url.startswith("ssh:"):
             return cls._connect_by_ssh(endpoint, timeout_s)
         try:
-            client = docker.APIClient(version="auto", timeout=int(timeout_s), **endpoint.arguments())
+            client = _client(version="auto", timeout=int(timeout_s), **endpoint.arguments())
         except docker.errors.TLSParameterError as error:
             raise ConfigError("The Docker engine's TLS files cannot be used.", words=str(error)) from error
         except docker.errors.DockerException as error:
@@ -250,10 +250,16 @@ class Engine:
         )
 
     def commit(self, container: str, repository: str, tag: str, config: Mapping[str, Any], message: str) -> str:
-        """Make an image of a container as it is; its id."""
-        options = {"repository": repository, "tag": tag, "conf": dict(config), "message": message}
-        made = self._call(f"make image {repository}:{tag}", lambda client: client.commit(container, **options))
-        return str(made["Id"])
+        """Make an image of a container as it is; its id. The engine is silent while it copies what is in it."""
+        # Not the SDK's own call: that one cannot wait longer than the client's other calls.
+        url = f"{self._client.base_url}/v{self._client.api_version}/commit"
+        params = {"container": container, "repo": repository, "tag": tag, "comment": message}
+        what = f"make image {repository}:{tag}"
+        with self._asking(what):
+            answer = self._client.post(url, params=params, json=dict(config), timeout=(TIMEOUT_S, COMMIT_TIMEOUT_S))
+        if answer.status_code != 201:
+            raise Refused(f"The Docker engine could not {what}.", words=answer.text, status=answer.status_code)
+        return str(answer.json()["Id"])
 
     def images(self, label: str) -> list[dict[str, Any]]:
         return list(self._call("list images", lambda client: client.images(filters={"label": label})))
@@ -434,9 +440,32 @@ class Engine:
             raise _no_answer(self.endpoint, words, f"when it was to {what}") from error
 
 
-def _credentials(auth: Mapping[str, Any] | None, image: str) -> dict[str, Any] | None:
-    """What to send to the image's registry. None: the SDK looks up the credentials that ``docker login`` left."""
-    return dict(auth) if auth and opens(auth, image) else None
+def _client(**options: Any) -> Any:
+    """The SDK's client, whose own CA holds: requests would take the one that ``REQUESTS_CA_BUNDLE`` names."""
+    import docker
+
+    class Client(docker.APIClient):
+        def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+            verify = self.verify if verify is None else verify
+            return super().merge_environment_settings(url, proxies, stream, verify, cert)
+
+    return Client(**options)
+
+
+def _credentials(auth: Mapping[str, Any] | None, image: str) -> dict[str, Any]:
+    """What to send to the image's registry: ``docker_auth``, or what ``docker login`` left, or nothing.
+
+    A credential helper that does not answer has nothing: so it is with the ``docker`` command.
+    """
+    from docker.auth import load_config, resolve_repository_name
+    from docker.errors import DockerException
+
+    if auth and opens(auth, image):
+        return dict(auth)
+    try:
+        return load_config().resolve_authconfig(resolve_repository_name(image)[0]) or {}
+    except DockerException:
+        return {}
 
 
 def opens(auth: Mapping[str, Any], image: str) -> bool:

@@ -203,8 +203,9 @@ def _in_image(build: _Build, auth: Mapping[str, Any] | None, cache_root: Path) -
     if found is None:
         _make(build, cache_root)
         _commit(build, name)
-        if repository:
-            _push(build, name, auth)
+        found = build.engine.image(name)
+    if repository and found is not None and not found.get("RepoDigests"):  # it was made here and is not pushed yet
+        _push(build, name, auth)
         found = build.engine.image(name)
     if found is None:
         raise JobError(f"Image {name} is gone although it was just made.", code="ENVIRONMENT")

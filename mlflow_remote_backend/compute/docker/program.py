@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -259,7 +260,7 @@ def _in_container(command: Command, made: Container, spec: JobSpec) -> Command:
     """The prepared command as it runs in this image: wrapped in its entrypoint, with the project's own variables."""
     argv, fallback = command.argv, ("sh", *command.argv[1:])
     if made.entrypoint:
-        argv, fallback = (*made.entrypoint, "/bin/sh", "-c", _WRAPPED_SHELL, command.argv[-1]), ()
+        argv, fallback = _wrapped(made.entrypoint, command.argv[-1]), ()
     return dataclasses.replace(
         command,
         argv=argv,
@@ -268,6 +269,30 @@ def _in_container(command: Command, made: Container, spec: JobSpec) -> Command:
         memory_limit_hint=spec.resources.memory_bytes,
         tee=False,
     )
+
+
+def _wrapped(entrypoint: tuple[str, ...], line: str) -> tuple[str, ...]:
+    """The program's line as an image's entrypoint runs it. Raises JobError if that would never look at it."""
+    text = _text_of_shell(entrypoint)
+    if text == ():
+        return (*entrypoint, line)
+    if text and "$" not in text[0]:
+        raise JobError(
+            "The image's ENTRYPOINT runs a command of its own and ignores the project's.",
+            words=text[0],
+            hint="-A entrypoint= leaves the image's entrypoint out.",
+            code=Reason.CONTAINER_CONFIG.value,
+        )
+    return (*entrypoint, "/bin/sh", "-c", _WRAPPED_SHELL, line)
+
+
+def _text_of_shell(argv: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What a shell in ``argv`` is told by ``-c``: its script, which may be still to come, and that one's arguments."""
+    for index, each in enumerate(argv):
+        before = [word for word in argv[:index] if not word.startswith("-")]
+        if re.fullmatch(r"-\w*c", each) and before and re.fullmatch(r"(.*/)?\w*sh", before[-1]):
+            return argv[index + 1 :]
+    return None
 
 
 def _copied(spec: JobSpec, environ: Mapping[str, str]) -> dict[str, str]:

@@ -167,7 +167,7 @@ def labels(spec: JobSpec) -> dict[str, str]:
     ours = {
         name: value,
         RUN_LABEL: spec.run.run_id,
-        TRACKING_LABEL: tracking_mark(spec.run.tracking_uri),
+        TRACKING_LABEL: tracking_mark(spec.run.at_submitter.tracking_uri),
         "mlflow-remote/submission-id": spec.submission_id,
     }
     return {**spec.annotations, **spec.labels, **ours}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from ...errors import ComputeError
+from ...errors import ComputeError, ConfigError
 from ...job import Diagnosis, JobSpec, Reason
 from ...runner.run_folder import RunFolder
 from ...runner.spool import ExitRecord, Spool, write_json
@@ -58,6 +58,7 @@ class ContainerRun:
         self._spec = spec
         self._folder = folder
         self._spool = Spool(folder.spool)
+        self._came = folder.path / "came"  # output folders as they came with the project
         self._name = request.container_name(spec.run.run_id)
         self._container = container
         self._ended = threading.Event()
@@ -106,16 +107,16 @@ class ContainerRun:
     def _stop(self) -> None:
         """``execute`` acts on the file; it alone keeps the grace period. Only if it fails is the container killed."""
         assert self._stop_by is not None
-        cancel = copying.pack([copying.Item("cancel", b"", 0o644)], (0, 0))
-        self._try(lambda: self._engine.copy_in(self._container, request.SPOOL, b"".join(cancel)))
-        self._try(lambda: self._engine.unpause(self._container))
+        cancel = b"".join(copying.pack([copying.Item("cancel", b"", 0o644)], (0, 0)))
+        self._try(lambda: self._engine.copy_in(self._container, request.SPOOL, cancel), self._stop_by)
+        self._try(lambda: self._engine.unpause(self._container), self._stop_by)
         if not self._ended.wait(max(0.0, self._stop_by - time.monotonic())):
             self._try(lambda: self._engine.kill(self._container))
 
-    def _try(self, action: Callable[[], object]) -> None:
-        """Until the engine has answered, or it is too late."""
+    def _try(self, action: Callable[[], object], deadline: float = math.inf) -> None:
+        """Until the engine has done it, or it is too late."""
         pause_s = FIRST_PAUSE_S
-        while not self._ended.wait(pause_s):
+        while not self._ended.wait(pause_s) and time.monotonic() < deadline:
             with contextlib.suppress(ComputeError):
                 action()
                 return
@@ -206,7 +207,7 @@ class ContainerRun:
                 return question()
             except Refused:
                 raise
-            except (ComputeError, OSError) as error:
+            except (ComputeError, ConfigError, OSError) as error:
                 if self._too_late():
                     raise _GivenUp from error
                 if isinstance(error, OSError) and time.monotonic() > give_up:
@@ -241,17 +242,21 @@ class ContainerRun:
     def _bring_outputs(self) -> str:
         """Copy the output folders here. Returns why that is impossible, if it stays so for ``finalize_timeout``."""
         give_up = time.monotonic() + self._spec.limits.finalize_timeout_s
-        for output in self._spec.outputs:
-            try:
+        output = ""
+        try:
+            for output in self._spec.outputs:
+                self._ask(partial(copying.set_aside, self._folder.work / output, self._came / output), give_up)
+            for output in self._spec.outputs:
                 problems = self._ask(partial(self._from_source, partial(self._unpack_output, output)), give_up)
                 if problems:
                     (self._folder.work / output / NOT_COPIED).write_text("\n".join(problems) + "\n")
-            except OSError as error:
-                return f"folder {output!r} could not be copied to {self._folder.work}: {error.strerror or error}"
+        except OSError as error:
+            return f"folder {output!r} could not be copied to {self._folder.work}: {error.strerror or error}"
         return ""
 
     def _unpack_output(self, output: str, source: str) -> list[str]:
-        return copying.unpack(self._engine.copy_out(source, f"{request.WORK}/{output}"), self._folder.work, output)
+        archive = self._engine.copy_out(source, f"{request.WORK}/{output}")
+        return copying.unpack(archive, self._folder.work, output, self._came / output)
 
     def _from_source(self, bring: Callable[[str], T]) -> T | None:
         """What ``bring`` brings from the container, or from its volume if that is gone; None: it is not there."""
