@@ -115,6 +115,8 @@ class Rule:
         if self.folders_only and not is_folder:
             return False
         subject = path if self.anchored else path[path.rfind("/") + 1 :]
+        if "**" not in self.text and subject.count("/") != self.text.strip("!/").count("/"):
+            return False  # no bracket matches a slash
         return self.pattern.match_file(subject + _END) is not None
 
 
@@ -244,7 +246,7 @@ def _text_of(path: Path) -> str | None:
     """The text of a regular file, None for anything else."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return None
-    return path.read_text(encoding="utf-8", errors="surrogateescape")
+    return path.read_bytes().decode("utf-8", "surrogateescape")  # a lone carriage return ends no line
 
 
 def above(root: Path) -> IgnoreFiles:

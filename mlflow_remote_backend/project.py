@@ -8,6 +8,7 @@ working tree. Here every fetched project lies in a temporary folder that goes wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ import subprocess
 import tempfile
 import urllib.parse
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,22 @@ _REMOTE_GIT = re.compile(r"[\w.-]+@?[\w.-]*:(?!//)")  # HOST:PATH or USER@HOST:P
 MAX_MLPROJECT_BYTES = 1 << 20  # a larger MLproject is a mistake or an attack
 MAX_ZIP_BYTES = 4 << 30
 MAX_DIFF_BYTES = 5 << 20
+_DIFF = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--no-renames", "--irreversible-delete")
+_PATHS_PER_CALL = 200  # of at most 3000 bytes each: a command line has an end
+#: Set in git's hooks: with them git works on the repository of whoever submits, wherever it is started.
+_OF_A_REPOSITORY = frozenset(
+    {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
+)
 GIT_TIMEOUT_S = 600  # fetching; a hung server must not hang the submission for ever
 
 
 @dataclass(frozen=True)
 class GitState:
-    """What git knows of the project folder. ``diff``: uncommitted changes of tracked files, empty when clean."""
+    """What git knows of the project folder."""
 
     commit: str = ""
     repo_url: str = ""
     root: str = ""
-    diff: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Project:
 
     ``env_type``: ``conda``, ``python``, ``docker`` or empty; ``env_config_path``: the declared environment file.
     ``logged_params``: the parameters as MLflow logs them (declared ones with defaults, then extra ones).
+    ``own_dir``: the caller's folder that ``uri`` names; None for a project that was fetched from elsewhere.
     """
 
     uri: str
@@ -61,6 +68,7 @@ class Project:
     source_name: str
     git: GitState
     is_branch: bool = False
+    own_dir: Path | None = None
 
 
 @contextlib.contextmanager
@@ -82,8 +90,10 @@ def fetch(
         folder, is_branch = _checkout(base, version, scratch, stack)
         path = (folder / subdirectory).resolve()
         if not path.is_dir() or not path.is_relative_to(folder.resolve()):
-            raise ProjectError(f"Project {uri!r} has no folder {subdirectory!r}.")
-        yield _load(uri, path, version or "", entry_point, parameters or {}, is_branch)
+            raise ProjectError(f"Project {redact_url(uri)!r} has no folder {subdirectory!r}.")
+        found = _load(uri, path, version or "", entry_point, parameters or {}, is_branch)
+        local = _local_path(base)
+        yield dataclasses.replace(found, own_dir=local / subdirectory) if local and local.is_dir() else found
 
 
 def _split_subdirectory(uri: str) -> tuple[str, str]:
@@ -106,6 +116,13 @@ def _checkout(base: str, version: str | None, scratch: Path | None, stack: conte
         return local, False
     if local is not None and not _is_git_repository(local):
         raise ProjectError(f"Version {version!r} asks for a git project, but {base!r} is not a git repository.")
+    if local is not None and (
+        inside := _git_or_empty(local, "rev-parse", "--show-prefix").decode(errors="replace").strip()
+    ):
+        raise ProjectError(
+            f"Version {version!r} asks for a git project, but {base!r} is a folder inside of one.",
+            hint=f"Give the repository's own folder, and #{inside.rstrip('/')} after it.",
+        )
     return _clone(str(local) if local else base, version, _temporary_folder(scratch, stack))
 
 
@@ -126,18 +143,18 @@ def _local_path(base: str) -> Path | None:
 
 def _unzip(base: str, local: Path | None, folder: Path) -> Path:
     archive = local or _download(base, folder / "project.zip")
-    target = folder / "project"
+    target, name = folder / "project", redact_url(base)
     try:
         with zipfile.ZipFile(archive) as zipped:
             size_bytes = sum(member.file_size for member in zipped.infolist())
             if size_bytes > MAX_ZIP_BYTES:
-                raise ProjectError(f"Zip project {base!r} unpacks to {size_bytes} bytes, more than {MAX_ZIP_BYTES}.")
+                raise ProjectError(f"Zip project {name!r} unpacks to {size_bytes} bytes, more than {MAX_ZIP_BYTES}.")
             for member in zipped.infolist():
                 if not (target / member.filename).resolve().is_relative_to(target.resolve()):
-                    raise ProjectError(f"Zip project {base!r} has a member outside its folder: {member.filename!r}.")
+                    raise ProjectError(f"Zip project {name!r} has a member outside its folder: {member.filename!r}.")
             zipped.extractall(target)
     except (zipfile.BadZipFile, OSError) as error:
-        raise ProjectError(f"Zip project {base!r} cannot be unpacked.", words=str(error)) from error
+        raise ProjectError(f"Zip project {name!r} cannot be unpacked.", words=str(error)) from error
     return target
 
 
@@ -150,7 +167,7 @@ def _download(url: str, target: Path) -> Path:
             with target.open("wb") as out:
                 shutil.copyfileobj(response.raw, out, 1 << 20)
     except (requests.RequestException, OSError) as error:
-        raise ProjectError(f"Project {redact_url(url)!r} cannot be fetched.", words=str(error)) from error
+        raise ProjectError(f"Project {redact_url(url)!r} cannot be fetched.", words=redact_url(str(error))) from error
     return target
 
 
@@ -170,7 +187,7 @@ def _clone(url: str, version: str | None, folder: Path) -> tuple[Path, bool]:
     _fetch_version(target, name, version)
     _git(target, name, "checkout", "--quiet", "--force", "FETCH_HEAD")
     _git(target, name, "submodule", "--quiet", "update", "--init", "--recursive")
-    return target, version is not None and bool(_git_or_empty(target, "ls-remote", "--heads", "origin", version))
+    return target, version is not None and bool(_git_or_empty(target, "ls-remote", "origin", f"refs/heads/{version}"))
 
 
 def _fetch_version(target: Path, name: str, version: str | None) -> None:
@@ -195,14 +212,14 @@ def _resolve(target: Path, name: str, version: str) -> str:
 
 def _git(folder: Path, name: str, *arguments: str) -> bytes:
     """git's output; raises ProjectError in git's own words."""
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_REPOSITORY}
     try:
         done = subprocess.run(
             ["git", *arguments],
             cwd=folder,
             capture_output=True,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env={**environment, "GIT_TERMINAL_PROMPT": "0"},
             timeout=GIT_TIMEOUT_S,
             check=False,
         )
@@ -239,7 +256,7 @@ def _load(
     from mlflow.exceptions import MlflowException
 
     given = {str(key): str(value) for key, value in parameters.items()}
-    _refuse_nul(given)
+    _refuse_unfit(given)
     loaded = _mlproject(path)
     try:
         point = loaded.get_entry_point(entry_point)
@@ -301,8 +318,10 @@ def _refuse_huge_mlproject(path: Path) -> None:
             raise ProjectError(f"{entry} is larger than {MAX_MLPROJECT_BYTES} bytes.")
 
 
-def _refuse_nul(parameters: Mapping[str, str]) -> None:
+def _refuse_unfit(parameters: Mapping[str, str]) -> None:
     for key, value in parameters.items():
+        if any("\ud800" <= each <= "\udfff" for each in key + value):
+            raise ProjectError(f"Parameter {key!r} is not UTF-8 text, which MLflow cannot store.")
         if "\0" in key or "\0" in value:
             raise ProjectError(f"Parameter {key!r} has a NUL byte, which no command line can carry.")
 
@@ -322,15 +341,32 @@ def _git_state(path: Path) -> GitState:
         return GitState()
     if not _git_or_empty(path, "ls-files", "--", "."):
         return GitState()  # inside somebody's checkout, but none of it is theirs: an ignored or untracked folder
-    diff = _git_or_empty(path, "diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
     remotes = _git_or_empty(path, "remote").decode().split()
     url = _git_or_empty(path, "remote", "get-url", remotes[0]) if remotes else b""
     return GitState(
         commit=_git_or_empty(path, "rev-parse", "HEAD").decode().strip(),
         repo_url=redact_url(url.decode(errors="replace").strip()),
         root=_git_or_empty(path, "rev-parse", "--show-toplevel").decode(errors="surrogateescape").strip(),
-        diff=diff if len(diff) <= MAX_DIFF_BYTES else diff[:MAX_DIFF_BYTES] + b"\n[cut at 5 MiB]\n",
     )
+
+
+def uncommitted(found: Project, packed: Collection[str]) -> bytes:
+    """The diff of the tracked files that differ from HEAD: of those that are ``packed``, and the names of deleted ones.
+
+    What the ignore rules leave out is in no diff either.
+    """
+    if not found.git.commit:
+        return b""
+    changed = _git_or_empty(found.dir, "diff", "HEAD", "--name-only", "--relative", "--no-renames", "-z", "--", ".")
+    names = [name for name in map(os.fsdecode, changed.split(b"\0")) if name]
+    paths = [name for name in names if name in packed or not os.path.lexists(found.dir / name)]
+    diff = b""
+    for start in range(0, len(paths), _PATHS_PER_CALL):
+        some = paths[start : start + _PATHS_PER_CALL]
+        diff += _git_or_empty(found.dir, "--literal-pathspecs", *_DIFF, "--", *some)
+        if len(diff) > MAX_DIFF_BYTES:
+            return diff[:MAX_DIFF_BYTES] + b"\n[cut at 5 MiB]\n"
+    return diff
 
 
 def _source_name(uri: str, path: Path, git: GitState) -> str:

@@ -107,12 +107,14 @@ _PLACEHOLDER = re.compile(rb"[xX0*.]{8}")  # what people write where a token bel
 
 def find(data: bytes) -> tuple[Finding, ...]:
     """The credentials in the first SCAN_BYTES of ``data``, by line, at most one per line and rule."""
-    found = {
-        (data.count(b"\n", 0, match.start()) + 1, rule.name)
-        for rule in RULES
-        for match in _matches(rule, data)
-        if not _PLACEHOLDER.search(match[0]) and not _ALLOWED_LINE.search(_line_at(data, match.start()))
-    }
+    found = set()
+    for rule in RULES:
+        line, counted_to = 1, 0
+        for match in _matches(rule, data):
+            if not _PLACEHOLDER.search(match[0]) and not _ALLOWED_LINE.search(_line_at(data, match.start())):
+                line += data.count(b"\n", counted_to, match.start())
+                counted_to = match.start()
+                found.add((line, rule.name))
     return tuple(Finding(line, name) for line, name in sorted(found))
 
 
@@ -124,6 +126,6 @@ def _matches(rule: Rule, data: bytes) -> Iterator[re.Match[bytes]]:
 
 def _line_at(data: bytes, offset: int) -> bytes:
     """The line that holds ``offset``, or the 4 KiB around it: a file of one line can have any length."""
-    start = max(data.rfind(b"\n", 0, offset) + 1, offset - 2048)
+    start = max(data.rfind(b"\n", max(offset - 2048, 0), offset) + 1, offset - 2048)
     end = data.find(b"\n", offset, offset + 2048)
     return data[start : end if end >= 0 else offset + 2048]

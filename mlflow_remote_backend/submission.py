@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import yaml
 
 from . import compute as computes
 from . import config as configuration
-from . import project, snapshot, submission_folder
+from . import project, secret_scan, snapshot, submission_folder
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
 from .compute.supervised import SupervisedCompute
 from .config import BackendConfig, CliContext
@@ -31,6 +32,7 @@ from .job import Diagnosis, EnvironmentRef, JobSpec, Phase, Reason, RunRef, Snap
 from .project import Project
 from .runner import command
 from .tracking import PREFIX, RunView, Tracking, local_stores
+from .tree import shown
 
 #: Variables of the caller by which a program reaches MLflow and its artifact store. They travel as secrets.
 FORWARDED = (
@@ -125,7 +127,7 @@ def submit(order: Order, say: Say = lambda line: None) -> Submission:
             return Submission(run, handle, compute, planned.config, tracking)
         run = _open_run(tracking, order, planned, earlier, owner)
         with _failure_ends(tracking, run, compute, planned.request.spec):
-            handle = _start(tracking, run, planned, compute, secrets)
+            handle = _start(tracking, run, planned, compute, secrets, earlier)
         return Submission(run, handle, compute, planned.config, tracking)
 
 
@@ -138,7 +140,7 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     found = stack.enter_context(
         project.fetch(order.uri, order.version, order.entry_point, order.parameters, scratch=own.path)
     )
-    config = configuration.parse(order.backend_config, project_dir=found.dir, environ=os.environ, cli=order.cli)
+    config = configuration.parse(order.backend_config, project_dir=found.own_dir, environ=os.environ, cli=order.cli)
     tracking = Tracking(order.tracking_uri)
     artifact_uri = tracking.preflight(order.experiment_id)
     seconds: dict[str, float] = {}
@@ -260,8 +262,7 @@ def describe(
 
     Pure but for the submission id.
     """
-    declared, _ = command.values_of(found.entry_point, found.parameters)
-    command.check_quoting(found.entry_point, declared)
+    command.render(found.entry_point, *command.values_of(found.entry_point, found.parameters))
     return JobSpec(
         run=run,
         submission_id=config.submission_id or uuid.uuid4().hex,
@@ -343,7 +344,7 @@ def _open_run(tracking: Tracking, order: Order, planned: Plan, earlier: RunView 
     tags = run_tags(planned, owner)
     if config.run_id:
         return tracking.reuse_run(config.run_id, tags=tags, params=found.logged_params, name=config.run_name or "")
-    return tracking.open_run(order.experiment_id, tags=tags, params=found.logged_params, name=config.run_name or "")
+    return tracking.open_run(order.experiment_id, tags=tags, name=config.run_name or "")
 
 
 def run_tags(planned: Plan, owner: str) -> dict[str, str]:
@@ -413,13 +414,17 @@ def _diagnosis(error: BaseException) -> Diagnosis:
     return Diagnosis(reason, f"The job could not be created: {error}")
 
 
-def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, secrets: Secrets) -> JobHandle:
+def _start(
+    tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, secrets: Secrets, earlier: RunView | None
+) -> JobHandle:
+    """``earlier``: the submission that this one continues."""
     spec = planned.request.spec
+    tracking.log_params(run.run_id, planned.project.logged_params)
     ours = run.tracking_uri if isinstance(compute, SupervisedCompute) else ""
     job_run = RunRef(run.run_id, run.experiment_id, run.artifact_uri, spec.run.tracking_uri, ours)
     url = compute.handle_url(spec.bind(job_run, spec.snapshot))
     tracking.set_tags(run.run_id, {PREFIX + "handle": url})
-    stored = _store(tracking, run, planned)
+    stored = _store(tracking, run, planned, earlier)
     request = bind(compute, planned.request, job_run, stored, planned.packed.path)
     tracking.store_text(run.run_id, printable(request), "remote/job.yaml")
     handle = compute.submit(request, secrets)
@@ -430,16 +435,22 @@ def _start(tracking: Tracking, run: RunRef, planned: Plan, compute: Compute, sec
     return handle
 
 
-def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
-    """The snapshot with its archive in the artifact store: uploaded, unless the experiment holds it already."""
+def _store(tracking: Tracking, run: RunRef, planned: Plan, earlier: RunView | None) -> SnapshotRef:
+    """The snapshot with its archive in the artifact store: uploaded, unless the experiment holds it already.
+
+    A submission that continues an earlier one names the archive that this one named: its job may exist already, and is
+    known again by all that it was told.
+    """
     packed, spec = planned.packed, planned.request.spec
     tracking.store_text(run.run_id, packed.listing.to_text(), "snapshot/files.txt")
     if spec.environment.lock:
         tracking.store_text(run.run_id, spec.environment.lock, f"environment/{lock_name(spec.environment)}")
-    if planned.project.git.diff:
-        diff = planned.project.git.diff.decode(errors="replace")
+    if diff := _diff(planned):
         tracking.store_text(run.run_id, diff, "remote/uncommitted.diff")
     tracking.log_metrics(run.run_id, {f"remote/seconds_{key}": value for key, value in planned.seconds.items()})
+    own = f"{run.artifact_uri}/snapshot/{packed.path.name}"
+    if earlier is not None and earlier.tag("snapshot_stored") and earlier.tag("snapshot") == packed.digest:
+        return dataclasses.replace(packed.ref, uri=own)
     held = tracking.stored_snapshot(run.experiment_id, packed.digest, packed.path.name)
     if held is not None:
         holder, uri = held
@@ -448,7 +459,18 @@ def _store(tracking: Tracking, run: RunRef, planned: Plan) -> SnapshotRef:
         return dataclasses.replace(packed.ref, uri=uri)
     tracking.store_file(run.run_id, packed.path, "snapshot")
     tracking.set_tags(run.run_id, {PREFIX + "snapshot_stored": "true"})  # by which later submissions find it
-    return dataclasses.replace(packed.ref, uri=f"{run.artifact_uri}/snapshot/{packed.path.name}")
+    return dataclasses.replace(packed.ref, uri=own)
+
+
+def _diff(planned: Plan) -> str:
+    """The uncommitted changes of what is packed. A line that was taken out may hold a credential, too."""
+    listing = planned.packed.listing
+    diff = project.uncommitted(planned.project, {entry.path for entry in listing.entries})
+    found = () if listing.allow_secrets else secret_scan.find(re.sub(rb"(?m)^[-+ ]", b"", diff))
+    if found:
+        lines = "".join(f"line {each.line}: {each.rule}\n" for each in found)
+        return f"The diff is left out, since it holds credentials:\n{lines}"
+    return diff.decode(errors="replace")
 
 
 def lock_name(locked: EnvironmentRef) -> str:
@@ -501,10 +523,10 @@ def plan_text(planned: Plan) -> str:
     lines = [
         f"project      {data['project']['uri']}, entry point {data['project']['entry_point']}",
         f"compute      {data['compute']}",
-        *(f"parameter    {name} = {value}" for name, value in planned.project.logged_params.items()),
+        *(f"parameter    {name} = {shown(value)}" for name, value in planned.project.logged_params.items()),
         f"snapshot     {len(packed['files'])} files, {packed['size_bytes']} bytes packed, {packed['digest']}",
-        *_some(packed["files"]),
-        *_some([f"left out: {path} ({rule})" for path, rule in packed["left_out"].items()]),
+        *_some([shown(path) for path in packed["files"]]),
+        *_some([f"left out: {shown(path)} ({shown(rule)})" for path, rule in packed["left_out"].items()]),
         f"environment  {locked}",
         *(f"notice       {line}" for line in data["notices"]),
         "would create:",

@@ -334,7 +334,8 @@ def last_lines(tracking: Tracking, run_id: str, count: int) -> list[str]:
         data = (tracking.read_artifact(run_id, part.path) or b"") + data
         if data.count(b"\n") > count:
             break
-    return [line.decode(errors="replace") for line in data.splitlines()[-count:]]
+    lines = data.splitlines()
+    return [line.decode(errors="replace") for line in lines[max(len(lines) - count, 0) :]]
 
 
 def created(view: RunView) -> bool:

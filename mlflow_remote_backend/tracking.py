@@ -169,10 +169,8 @@ class Tracking:
 
     # -- opening a run ------------------------------------------------------------------------------------------------
 
-    def open_run(
-        self, experiment_id: str, *, tags: Mapping[str, str], params: Mapping[str, str], name: str = ""
-    ) -> RunRef:
-        """Create a run with all its tags and parameters at once. A lost answer never makes a second run."""
+    def open_run(self, experiment_id: str, *, tags: Mapping[str, str], name: str = "") -> RunRef:
+        """Create a run with all its tags at once. A lost answer never makes a second run."""
         submission_id = tags[PREFIX + "submission_id"]
         cut = {key: value[:MAX_TAG_CHARS] for key, value in tags.items()}
 
@@ -191,11 +189,11 @@ class Tracking:
                     break
                 if not error.transient or attempt == CALL_RETRIES:
                     raise
-        self.log_params(run.info.run_id, params)
         return self._ref(run)
 
     def reuse_run(self, run_id: str, *, tags: Mapping[str, str], params: Mapping[str, str], name: str = "") -> RunRef:
-        """Take over a run that exists already. Raises RequestError if it belongs to a job or has ended."""
+        """Take over a run that exists already. Raises RequestError if it belongs to a job or has ended, or has other
+        values of the parameters: then it stays as it is."""
         view = self.view(run_id)
         if view.tag("handle") or view.status in TERMINAL:
             state = f"belongs to the job {view.tag('handle')}" if view.tag("handle") else f"has ended as {view.status}"
@@ -203,8 +201,8 @@ class Tracking:
                 f"Run {run_id} cannot be used for this submission: it {state}.",
                 hint="Leave run_id out to get a new run, or give the id of a run that is still open.",
             )
-        self.set_tags(run_id, {**tags, **({"mlflow.runName": name} if name else {})})
         self.log_params(run_id, params)
+        self.set_tags(run_id, {**tags, **({"mlflow.runName": name} if name else {})})
         return self._ref(self.call("reading the run", lambda: self.client.get_run(run_id)))
 
     def _ref(self, run: Any) -> RunRef:
@@ -308,7 +306,8 @@ class Tracking:
             return found[0]
         detail = "no run" if not found else f"{len(found)} runs: " + ", ".join(found[:5])
         where = redact_url(self.uri)
-        raise RequestError(f"{start!r} is the start of {detail} at {where}.", hint="Give more of its id.")
+        hint = "Give more of its id." if found else "Check the id, and the tracking URI (MLFLOW_TRACKING_URI)."
+        raise RequestError(f"{start!r} is the start of {detail} at {where}.", hint=hint)
 
     def runs(self, query: str = "", limit: int = 200) -> list[RunView]:
         """Runs of this backend in all experiments, newest first."""

@@ -189,6 +189,9 @@ class _Walk:
         except FileNotFoundError:
             self.vanished.append(path)
             return
+        except OSError as error:  # the folder may be listed, but not entered
+            self.unreadable.append(f"{shown(path)}: {error.strerror}")
+            return
         is_folder = stat.S_ISDIR(status.st_mode)
         verdict = self._judge(path, is_folder, context)
         if verdict.rule:

@@ -55,7 +55,9 @@ def test_a_finished_run(run, remote):
     assert "FINISHED" in remote("status", run_id[:10])[1]
     assert remote("logs", run_id) == (0, "one\ntwo\n", "")
     assert remote("logs", "-f", run_id) == (0, "one\ntwo\n", "")
-    assert remote("logs", "--tail", "1", run_id) == (0, "two\n", "")
+    for tail, shown in (("0", ""), ("1", "two\n"), ("3", "one\ntwo\n")):
+        assert remote("logs", "--tail", tail, run_id) == (0, shown, "")
+        assert remote("logs", "-f", "--tail", tail, run_id) == (0, shown, "")
     code, out, _ = remote("attach", run_id)
     assert (code, out) == (0, "one\ntwo\n")
     assert remote("cancel", run_id)[0] == 0
@@ -116,7 +118,8 @@ def test_gc_has_nothing_to_do_after_runs_that_ended(run, remote):
     ("arguments", "words"),
     [
         (["status", "0123456789abcdef0123456789abcdef"], "0123456789abcdef"),
-        (["status", "0123"], "the start of no run"),
+        (["status", "0123"], "the start of no run at sqlite"),
+        (["status", "0123"], "Check the id"),
         (["status", "'; drop table runs; --"], "not a run id"),
         (["plan", "/no/such/project"], "no/such/project"),
         (["plan", ".", "-P", "alpha"], "NAME=VALUE"),
@@ -155,11 +158,23 @@ def test_plan_says_what_would_happen_and_does_nothing(sqlite_tracking, make_proj
     assert not list(home.state.rglob("envelope.json"))
 
 
-def test_plan_refuses_what_a_run_would_refuse(sqlite_tracking, make_project, remote):
-    project = make_project('echo "{p}"', parameters={"p": "string"})
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [('echo "{p}"', "double quotes"), ("echo {p} {q}", "KeyError: 'q'"), ("echo {p}" + "x" * 131072, "bytes long")],
+)
+def test_plan_refuses_what_a_run_would_refuse(sqlite_tracking, make_project, remote, command, words):
+    project = make_project(command, parameters={"p": "string"})
     code, _, err = remote("plan", str(project), "--env-manager", "local", "-P", "p=$(touch /tmp/x)")
     assert code == 2
-    assert "double quotes" in err
+    assert words in err
+
+
+def test_plan_shows_names_of_any_bytes_and_none_obeys(sqlite_tracking, make_project, remote):
+    project = make_project(files={"caf\udce9": "", "\x1b]0;title\x07": "", "b.key\udce9": "", ".mlflowignore": "b*"})
+    code, out, err = remote("plan", str(project), "--env-manager", "local")
+    assert code == 0, err
+    assert out.encode()
+    assert "\x1b" not in out
 
 
 def test_doctor_names_what_works(sqlite_tracking, remote):

@@ -100,6 +100,13 @@ def test_a_version_is_a_tag_or_a_branch(repository, version, command):
     assert fetched_command(f"file://{repository}", version) == command
 
 
+def test_a_tag_that_ends_like_a_branch_is_no_branch(repository):
+    git(repository, "branch", "release/v1")
+    for version, is_branch in (("v1", False), ("release/v1", True)):
+        with project.fetch(str(repository), version, "main", {}) as found:
+            assert found.is_branch is is_branch
+
+
 def test_a_version_is_a_commit_also_a_short_one(repository):
     commit = git(repository, "rev-parse", "v1")
     assert fetched_command(str(repository), commit) == "echo first"
@@ -111,6 +118,18 @@ def test_asking_for_a_version_leaves_the_users_working_tree_alone(repository):
     fetched_command(str(repository), "v1")
     assert (repository / "MLproject").read_text() == "name: edited\n"
     assert git(repository, "rev-parse", "--abbrev-ref", "HEAD") == "trunk"
+
+
+def test_a_submission_from_a_git_hook_leaves_the_repository_of_the_hook_alone(repository, tmp_path, monkeypatch):
+    git(tmp_path, "clone", "--quiet", str(repository), "hooked")
+    hooked = tmp_path / "hooked"
+    before = git(hooked, "log", "--decorate"), git(hooked, "remote", "--verbose")
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_DIR", str(hooked / ".git"))
+        hook.setenv("GIT_INDEX_FILE", str(hooked / ".git" / "index"))
+        assert fetched_command(f"file://{repository}", "v1") == "echo first"
+    assert (git(hooked, "log", "--decorate"), git(hooked, "remote", "--verbose")) == before
+    assert git(hooked, "status", "--short") == ""
 
 
 def test_a_git_url_is_cloned_with_its_default_branch(repository, tmp_path):
@@ -135,17 +154,34 @@ def test_submodules_come_along(repository, tmp_path, monkeypatch):
         assert found.entry_point.command == "echo second"
 
 
-def test_git_tags_and_the_uncommitted_diff_are_known(repository):
+def test_git_tags_are_known(repository):
     git(repository, "remote", "add", "origin", "https://user:" + "geheim@example.com/team/repo.git")
     (repository / "MLproject").write_text("name: edited\nentry_points: {main: {command: echo third}}\n")
     with project.fetch(f"{repository}#projects/sub", None, "main", {}) as found:
         assert found.git.commit == git(repository, "rev-parse", "HEAD")
         assert found.git.repo_url == "https://example.com/team/repo.git"
-        assert found.git.diff == b""
         assert found.source_name == f"file://{repository}#projects/sub"
     with project.fetch(str(repository), None, "main", {}) as found:
-        assert b"+name: edited" in found.git.diff
         assert found.source_name == f"file://{repository}"
+
+
+def test_the_diff_shows_what_is_packed_and_of_the_rest_nothing(repository):
+    files = {"left.txt": "left", "gone.txt": "gone", "new name.txt": "old"}
+    for name, text in files.items():
+        (repository / name).write_text(f"{text} before\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "-m", "third")
+    with project.fetch(str(repository), None, "main", {}) as found:
+        assert project.uncommitted(found, set(files)) == b""
+        for name in ("left.txt", "new name.txt", "projects/sub/MLproject"):
+            (repository / name).write_text("now\n")
+        (repository / "gone.txt").unlink()
+        diff = project.uncommitted(found, {"new name.txt", "projects/sub/MLproject"}).decode()
+    assert "-old before\n+now\n" in diff
+    assert "projects/sub/MLproject" in diff
+    assert "a/gone.txt b/gone.txt\ndeleted" in diff
+    assert "gone before" not in diff
+    assert "left" not in diff
 
 
 def test_a_folder_that_git_ignores_has_no_commit(repository, make_project):
@@ -161,6 +197,11 @@ def test_an_unknown_or_hostile_version_is_an_error_and_runs_nothing(repository, 
     with pytest.raises(ProjectError):
         fetched_command(str(repository), version)
     assert not list(tmp_path.rglob("PWNED"))
+
+
+def test_a_version_of_a_folder_inside_a_repository_is_refused_with_how_to_write_it(repository):
+    with pytest.raises(ProjectError, match="#projects/sub"):
+        fetched_command(str(repository / "projects" / "sub"), "v1")
 
 
 def test_a_version_of_a_plain_folder_is_refused(make_project):
@@ -194,6 +235,16 @@ def test_a_zip_url_is_downloaded(make_project, tmp_path):
         assert fetched_command(f"{base}/p.zip") == "echo zipped"
         with pytest.raises(ProjectError, match="404"):
             fetched_command(f"{base}/missing.zip")
+
+
+@pytest.mark.parametrize("name", ["missing.zip", "torn.zip", "p.zip#nowhere"])
+def test_no_message_about_a_zip_url_has_its_password(make_project, tmp_path, name):
+    zipped(make_project(), tmp_path / "p.zip")
+    (tmp_path / "torn.zip").write_bytes(b"not a zip")
+    with served(tmp_path) as base, pytest.raises(ProjectError) as raised:
+        fetched_command(f"{base}/{name}".replace("://", "://user:" + "geheim@"))
+    assert name in str(raised.value)
+    assert "geheim" not in str(raised.value)
 
 
 def test_a_zip_member_cannot_leave_its_folder(tmp_path):
@@ -240,6 +291,11 @@ def test_a_missing_parameter_is_named(make_project):
 
 def test_a_nul_byte_in_a_parameter_is_refused(make_project):
     with pytest.raises(ProjectError, match="NUL"), project.fetch(str(make_project()), None, "main", {"a": "b\0c"}):
+        pass
+
+
+def test_a_parameter_that_is_not_utf_8_is_refused(make_project):
+    with pytest.raises(ProjectError, match="UTF-8"), project.fetch(str(make_project()), None, "main", {"a": "\udcff"}):
         pass
 
 

@@ -363,6 +363,11 @@ def test_gitignore_means_what_it_means_to_git(tmp_path: Path) -> None:
         assert sorted(raw(path) for path in packed_paths(scanned(root))) == expected, f"seed {seed}"
 
 
+def test_a_lone_carriage_return_ends_no_pattern_and_no_bracket_matches_a_slash(project: Path) -> None:
+    plant(project, {".gitignore": "Icon\r\r\n/data[^0-9]*\n", "Icon": "", "data/x": "", "data-": ""})
+    assert paths(project) == ["Icon", "data/x"]
+
+
 def test_patterns_reach_names_with_line_feeds_and_undecodable_bytes(project: Path) -> None:
     plant(project, {".gitignore": "secret.txt\nx?y\n*.bin\n**/keys/*.txt\n", "\udcff.bin": b"s"})
     plant(project, {"a\nb/secret.txt": "s", "x\ny": "s", "c\nd/keys/e.txt": "s"})
@@ -852,6 +857,14 @@ def test_what_cannot_be_read_is_named(reachable_project: Path) -> None:
     assert ".mlflowignore" in refusal.value.hint
     with as_somebody_else():
         assert scan(reachable_project, SnapshotOptions(exclude=("a", "b*")), cache=Path("/nowhere")).entries
+
+
+def test_a_folder_that_can_be_listed_but_not_entered_is_named(reachable_project: Path) -> None:
+    plant(reachable_project, {"d/x": "x"})
+    (reachable_project / "d").chmod(0o744)
+    with as_somebody_else(), pytest.raises(SnapshotError, match="cannot be read") as refusal:
+        scan(reachable_project, SnapshotOptions(), cache=Path("/nowhere"))
+    assert refusal.value.words == "- d/x: Permission denied"
 
 
 def test_what_cannot_be_read_but_is_ignored_is_no_matter(reachable_project: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import ComputeError
+from ..errors import ComputeError, ConfigError
 from ..job import JobSpec
 from ..runner import run_folder
 from ..runner.call_limits import users_environ
@@ -62,6 +62,13 @@ class LocalCompute(SupervisedCompute):
 
     def check(self, request: Request, secrets: Secrets) -> Sequence[str]:
         self.check_machine(request.spec)
+        if request.spec.docker_env is not None:
+            raise ConfigError(
+                f"The project wants to run in the image {request.spec.docker_env.get('image')} (docker_env), and "
+                "compute: local runs no container.",
+                key="compute",
+                hint='Give the backend_config {"compute": "docker"}.',
+            )
         if not shutil.which("bash"):
             raise ComputeError("compute: local needs bash, which is not on PATH.")
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 from mlflow.exceptions import ExecutionException
 from tracking_server import copy_database
 
-from mlflow_remote_backend import gc, submission_folder
+from mlflow_remote_backend import gc, submission, submission_folder
 from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.compute.local import LocalCompute
 from mlflow_remote_backend.environment import cache
@@ -345,6 +346,31 @@ def test_the_same_submission_id_at_the_same_time_makes_one_job(sqlite_tracking, 
     assert len({run.run_id for run in runs}) == 1
     assert ended(runs[0]).status == "FINISHED"
     assert (tmp_path / "ran").read_text() == "once\n"
+
+
+def test_a_submission_that_is_continued_names_the_archive_that_it_named_before(
+    sqlite_tracking, make_project, monkeypatch
+):
+    """Its job may exist already, and is known again by its envelope."""
+    project = make_project("echo x")
+    named = []
+
+    def note(compute, request, secrets):
+        named.append(request.spec.snapshot.uri)
+        raise RuntimeError
+
+    with monkeypatch.context() as dying:
+        dying.setattr(LocalCompute, "submit", note)
+        dying.setattr(submission, "_failure_ends", lambda *_: contextlib.nullcontext())
+        with pytest.raises(RuntimeError):
+            submit(project, submission_id="half")
+    with monkeypatch.context() as at_once:
+        at_once.setattr(Tracking, "stored_snapshot", lambda *_: None)
+        assert ended(submit(project)).status == "FINISHED"
+    monkeypatch.setattr(LocalCompute, "submit", note)
+    with pytest.raises(RuntimeError):
+        submit(project, submission_id="half")
+    assert named[0] == named[1]
 
 
 # -- gc ----------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from mlflow_remote_backend.testing import ended, stored_log, until
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
-def submit(project, **config):
+def submit(project, parameters=None, **config):
     return mlflow.projects.run(
         str(project),
+        parameters=parameters,
         backend="remote",
         env_manager="local",
         synchronous=False,
@@ -120,6 +121,12 @@ def test_a_program_that_ends_its_own_run_and_fails_is_failed(sqlite_tracking, ma
     assert (view.status, view.tag("exit_code")) == ("FAILED", "7")
 
 
+def test_a_project_that_wants_an_image_is_not_run_without_it(sqlite_tracking, make_project):
+    with pytest.raises(mlflow.exceptions.ExecutionException, match='"compute": "docker"'):
+        submit(make_project("echo x", docker_env={"image": "local/shell:1"}))
+    assert not all_runs()
+
+
 # -- run_id, the caller's dict, other commands -------------------------------------------------------------------------
 
 
@@ -132,6 +139,42 @@ def test_a_given_run_must_be_open_and_nobody_elses(sqlite_tracking, make_project
         with pytest.raises(mlflow.exceptions.ExecutionException, match=unusable):
             submit(project, run_id=unusable)
     assert len(all_runs()) == 1
+
+
+def test_a_given_run_with_another_value_of_a_parameter_stays_as_it_is(sqlite_tracking, make_project):
+    client = mlflow.MlflowClient()
+    given = client.create_run("0").info.run_id
+    client.log_param(given, "extra", "before")
+    before = client.get_run(given).data.tags
+    with pytest.raises(mlflow.exceptions.ExecutionException, match="not allowed"):
+        submit(make_project("echo x"), run_id=given, parameters={"extra": "now"})
+    assert client.get_run(given).data.tags == before
+
+
+def test_a_parameter_that_mlflow_refuses_ends_the_run(sqlite_tracking, make_project):
+    with pytest.raises(mlflow.exceptions.ExecutionException, match="a\\+b"):
+        submit(make_project("echo x"), parameters={"a+b": "1"})
+    (run,) = all_runs()
+    assert run.info.status == "FAILED"
+    assert "a+b" in run.data.tags["mlflow_remote.message"]
+
+
+@pytest.mark.parametrize("credential", ["AKIA" + "ABCDEFGHIJKLMNOP", "none"])
+def test_the_diff_of_a_dirty_tree_holds_nothing_that_stays_behind(sqlite_tracking, make_project, credential):
+    project = make_project("echo x", files={".env": "PASSWORD=before\n", "keys.py": f"KEY = '{credential}'\n"})
+    git(project, "init", "--quiet")
+    git(project, "add", ".")
+    git(project, "commit", "--quiet", "-m", "with credentials")
+    (project / ".env").write_text("PASSWORD=geheim\n")
+    (project / "keys.py").write_text("KEY = from_environment()\n")
+    view = ended(submit(project))
+    diff = mlflow.artifacts.load_text(f"{view.artifact_uri}/remote/uncommitted.diff")
+    assert "geheim" not in diff
+    if credential == "none":
+        assert "-KEY = 'none'\n+KEY = from_environment()\n" in diff
+    else:
+        assert credential not in diff
+        assert "line 6: AWS access key id" in diff
 
 
 def test_the_callers_configuration_is_not_changed(sqlite_tracking, make_project):
@@ -206,6 +249,20 @@ def test_a_git_uri_with_version_and_subdirectory(version, said, sqlite_tracking,
     if version:
         assert tags["mlflow.source.git.branch"] == version
         assert str(repository) in tags["mlflow.source.git.repoURL"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_only_a_folder_of_this_machine_defines_computes(sqlite_tracking, make_project, tmp_path, monkeypatch, own):
+    """What is fetched from elsewhere must not say where the caller's credentials go."""
+    computes = "computes: {named: {compute: local, env_vars: {BY: %s}}}"
+    (tmp_path / "mine.yaml").write_text(computes % "me")
+    monkeypatch.setenv("MLFLOW_REMOTE_CONFIG", str(tmp_path / "mine.yaml"))
+    project = make_project("echo $BY", files={"mlflow-remote.yaml": computes % "the project"})
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as out:
+        for path in project.iterdir():
+            out.write(path, path.name)
+    view = ended(submit(project if own else tmp_path / "p.zip", compute="named"))
+    assert stored_log(view.run_id) == (b"the project\n" if own else b"me\n")
 
 
 def test_a_zip_uri(sqlite_tracking, make_project, tmp_path):
