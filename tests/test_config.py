@@ -35,7 +35,7 @@ from mlflow_remote_backend.config import parser as parser_module
 from mlflow_remote_backend.config.keys import ALIASES, ALL_KEYS, KEYS
 from mlflow_remote_backend.config.kinds import CPU, DURATION, DURATION_OR_ZERO, SIZE, Kind, ListOf, Place, Section
 from mlflow_remote_backend.errors import ConfigError, RequestError
-from mlflow_remote_backend.job import Limits, Resources, Retry
+from mlflow_remote_backend.job import EnvironmentRef, Limits, Resources, Retry
 from mlflow_remote_backend.submission import secrets_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -1193,7 +1193,7 @@ def test_grace_zero_is_allowed_and_no_other_zero() -> None:
 @pytest.mark.parametrize(("compute", "program", "runner"), [("local", 1, 1), ("docker", 0, 1), ("kubernetes", 0, 0)])
 def test_names_of_files_go_no_further_than_this_machine(compute: str, program: int, runner: int) -> None:
     environ = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/home/me/ca.pem", "MLFLOW_TRACKING_TOKEN": SECRET}
-    secrets = secrets_of(BackendConfig(compute=compute), environ)
+    secrets = secrets_of(BackendConfig(compute=compute), environ, EnvironmentRef("local"))
     for found, files in ((secrets.program, program), (secrets.runner, runner)):
         assert found["MLFLOW_TRACKING_TOKEN"] == SECRET
         assert ("MLFLOW_TRACKING_SERVER_CERT_PATH" in found) == bool(files)
