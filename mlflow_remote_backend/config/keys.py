@@ -317,6 +317,13 @@ _KUBERNETES = Section(
         Key("namespace", _text("namespace", _DNS_LABEL), "Namespace of the job. Default: the context's."),
         Key("image", _IMAGE, "Image of the program. Default: the project's, else the runner image."),
         Key("runner_image", _IMAGE, "Image of our own containers, as `mlflow-remote image build` makes it. Needed."),
+        Key("sidecar_cpu", CPU, "Cores of our container beside the program. Default: it asks for 10m, and may have 1."),
+        Key(
+            "sidecar_memory",
+            SIZE,
+            "Its main memory. Default: it asks for 64Mi, and may have 256Mi.",
+            field="sidecar_memory_bytes",
+        ),
         Key("image_pull_secrets", list_of(_OBJECT), "Secrets to pull images with."),
         Key("image_pull_policy", choice("Always", "IfNotPresent", "Never"), "Default: Kubernetes' rule for the tag."),
         Key("service_account", _OBJECT, "Service account of the pod. Default: the namespace's."),

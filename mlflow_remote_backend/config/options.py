@@ -122,6 +122,8 @@ class KubernetesOptions:
     namespace: str | None = None
     image: str | None = None
     runner_image: str | None = None
+    sidecar_cpu: float | None = None
+    sidecar_memory_bytes: int | None = None
     image_pull_secrets: tuple[str, ...] = ()
     image_pull_policy: str | None = None
     service_account: str | None = None

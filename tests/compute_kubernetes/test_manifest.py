@@ -226,6 +226,13 @@ def test_the_sidecar_comes_first_and_stays() -> None:
     assert third["name"] == "main"
 
 
+def test_the_sidecar_has_what_a_limit_range_wants_of_each_container() -> None:
+    assert manifest.observe_resources({}) == manifest.OBSERVE_RESOURCES
+    amounts = {"cpu": "100m", "memory": str(128 << 20)}
+    wanted = {"sidecar_cpu": 0.1, "sidecar_memory_bytes": 128 << 20}
+    assert manifest.observe_resources(wanted) == {"requests": amounts, "limits": amounts}
+
+
 def test_the_cache_is_written_by_prepare_and_read_by_the_program() -> None:
     mounts = {each["name"]: each["volumeMounts"] for each in containers("locked")}
     cache = {name: [m for m in found if m["name"] == "cache"] for name, found in mounts.items()}

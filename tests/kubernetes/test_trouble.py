@@ -78,6 +78,17 @@ def test_what_can_never_run_is_refused_before_anything_exists(
     assert not namespace.ours("secrets")
 
 
+def test_a_limit_range_that_wants_more_for_each_container_can_be_given_it(
+    projects: Projects, namespace: Namespace
+) -> None:
+    limits = [{"type": "Container", "min": {"cpu": "50m", "memory": "100Mi"}}]
+    namespace.make("limitranges", {"kind": "LimitRange", "metadata": {"name": "l"}, "spec": {"limits": limits}})
+    with pytest.raises(RemoteExecutionException, match=r"minimum (.|\n)*kubernetes\.sidecar_cpu"):
+        projects.submit(projects.make("exit 0"))
+    enough = with_options(projects, sidecar_cpu="50m", sidecar_memory="128MiB")
+    assert enough.run("echo hello").status == "FINISHED"
+
+
 @pytest.mark.parametrize(
     "uri",
     [

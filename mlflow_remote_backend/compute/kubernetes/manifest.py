@@ -336,7 +336,7 @@ def _observe(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict
             *("--work", WORK, "--told-to-end", TOLD_TO_END),
         ],
         "env": _runner_env(secret_names, secret_name),
-        "resources": OBSERVE_RESOURCES,
+        "resources": observe_resources(spec.options),
         "securityContext": container_security(spec.options, read_only_root=True),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
@@ -510,6 +510,11 @@ def resource_amounts(wanted: Resources) -> dict[str, Any]:
     if wanted.gpu:
         amounts[wanted.gpu_resource] = str(wanted.gpu)
     return {"requests": dict(amounts), "limits": dict(amounts)} if amounts else {}
+
+
+def observe_resources(options: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = resource_amounts(Resources(options.get("sidecar_cpu"), options.get("sidecar_memory_bytes")))
+    return {kind: {**amounts, **wanted.get(kind, {})} for kind, amounts in OBSERVE_RESOURCES.items()}
 
 
 def prepare_resources(program: Resources) -> dict[str, Any]:

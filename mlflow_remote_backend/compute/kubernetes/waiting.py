@@ -88,7 +88,10 @@ def refusal_hint(words: str) -> str:
     if "service account" in words or "serviceaccount" in words:
         return "Create the service account, or name another one in `kubernetes.service_account`."
     if re.search(r"(maximum|minimum) .* usage per (Container|Pod)|max limit to request", words):
-        return "The namespace's LimitRange says how much a container may have: change `resources`."
+        return (
+            "The namespace's LimitRange says how much a container may have: change `resources`, or, where our own asks "
+            "for too little (10m of cpu, 64Mi), `kubernetes.sidecar_cpu` and `kubernetes.sidecar_memory`."
+        )
     if "exceeded quota" in words:
         return "Ask for less in `resources`, or for a larger quota."
     if "failed quota" in words:
