@@ -10,6 +10,7 @@
         archive           the snapshot, until it is unpacked
         spool/            the wire between execute and observe (spool.py)
         work/             the unpacked project, where the program runs
+        came/             docker: its output folders as they came with it, once the program has ended
         scratch/          the supervisor's temporary files
 
 It is removed once the run is finalised and everything is uploaded. ``<state>`` is ``$XDG_STATE_HOME/mlflow-remote``,

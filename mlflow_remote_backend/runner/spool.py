@@ -341,20 +341,25 @@ def kill_orphans(started: Started) -> None:
     """Kill what is left of a program whose execute was killed. Does nothing where the program ran in another place.
 
     Processes are known by the token in their environment, also those that made themselves sessions of their own. A job
-    that the program submitted has it too, but outlives it: the sessions of its supervisor and execute are spared.
+    that the program submitted has it too, but outlives it: the sessions of its supervisor and execute are spared, and
+    those that these have started.
     """
     from .execute import is_execute, is_supervisor  # which Windows cannot import
 
     token = f"MLFLOW_REMOTE_EXECUTION={started.token}".encode()
     sessions: dict[int, int] = {}
+    parents: dict[int, int] = {}
     spared: set[int] = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             if token in (folder / "environ").read_bytes().split(b"\0"):
-                pid, session = int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                pid, status = int(folder.name), (folder / "stat").read_text().rpartition(")")[2].split()
+                parents[pid], session = int(status[1]), int(status[3])
                 sessions[pid] = session
                 if session != started.pid and (is_supervisor(pid) or is_execute(pid)):
                     spared.add(session)
+    while more := {sessions[pid] for pid in sessions if sessions.get(parents[pid]) in spared} - spared:
+        spared |= more
     for pid, session in sessions.items():
         if session not in spared:
             with contextlib.suppress(OSError):

@@ -84,6 +84,7 @@ def test_what_is_as_it_came_with_the_project_is_left_out(tmp_path) -> None:
     untouched = [("same", b"1", {}), ("deep/same", b"1", {}), ("moved", b"1", {})]
     touched = [("changed", b"2", {"mtime": 1}), ("rewritten", b"1", {"mtime": 1})]
     links = [link("outputs/latest", "deep/same"), link("outputs/new", "changed")]
+    links += [link("outputs/chain", "latest"), link("outputs/folder", "deep"), link("outputs/by-it", "folder/same")]
     links.append(link("outputs/hard", "outputs/same", tarfile.LNKTYPE))
     members = [("outputs", None, {}), *((f"outputs/{name}", *rest) for name, *rest in (*untouched, *touched)), *links]
     for _ in range(2):  # as after a connection that broke
@@ -91,6 +92,7 @@ def test_what_is_as_it_came_with_the_project_is_left_out(tmp_path) -> None:
         copying.unpack(in_pieces(archive_of(*members)), root, "outputs", came)
         found = {each.name: each.read_bytes() for each in (root / "outputs").rglob("*") if each.is_file()}
         assert found == {"moved": b"1", "changed": b"2", "rewritten": b"1", "new": b"2", "hard": b"1"}
+        assert [each.name for each in (root / "outputs").iterdir() if each.is_symlink() and not each.exists()] == []
 
 
 def test_a_nested_output_folder_keeps_its_place(root) -> None:

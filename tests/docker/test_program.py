@@ -124,10 +124,11 @@ def test_links_in_outputs_stay_inside_and_devices_stay_behind(make_job) -> None:
     assert sorted(map(os.fsencode, os.listdir(outputs))) == [b"empty", b"hard", b"inside", b"odd\n\xffname", b"real"]
 
 
-def test_outputs_that_came_with_the_project_are_no_outputs_of_the_run(make_job) -> None:
+@pytest.mark.parametrize("outputs", [("outputs", "outputs/deep"), ("outputs/deep", "outputs")], ids=str)
+def test_outputs_that_came_with_the_project_are_no_outputs_of_the_run(make_job, outputs) -> None:
     files = {f"{folder}/{name}": "old" for folder in ("outputs", "outputs/deep") for name in ("same", "changed")}
     command = "echo new > outputs/new; echo new > outputs/changed; cp -p MLproject outputs; cat outputs/deep/same"
-    job = make_job(command, files=files, outputs=("outputs", "outputs/deep"))
+    job = make_job(command, files=files, outputs=outputs)
     assert job.run().exit_code == 0
     assert job.log() == b"old"
     found = (each for each in (job.folder.work / "outputs").rglob("*") if each.is_file())
@@ -241,15 +242,20 @@ def test_the_images_entrypoint_wraps_the_program(make_job, image_with) -> None:
     assert job.log() == b"yes two  words\n"
 
 
-@pytest.mark.parametrize("entrypoint", [["/bin/sh", "-c"], ["env", "bash", "--norc", "-ec"]], ids=str)
+@pytest.mark.parametrize(
+    "entrypoint",
+    [["/bin/sh", "-c"], ["env", "bash", "--norc", "-ec"], ["/bin/bash", "-eo", "pipefail", "-c"]],
+    ids=str,
+)
 def test_a_shell_as_entrypoint_runs_the_programs_line(make_job, image_with, entrypoint) -> None:
     job = make_job("echo 'two  words'; exit 5", image=image_with("shell", Entrypoint=entrypoint))
     assert job.run().exit_code == 5
     assert job.log() == b"two  words\n"
 
 
-def test_an_entrypoint_that_would_ignore_the_program_is_refused(make_job, image_with) -> None:
-    job = make_job("exit 5", image=image_with("ignores", Entrypoint=["/bin/sh", "-c", "true"]))
+@pytest.mark.parametrize("shell", [["/bin/sh", "-c"], ["/bin/bash", "-o", "pipefail", "-c"]], ids=str)
+def test_an_entrypoint_that_would_ignore_the_program_is_refused(make_job, image_with, shell) -> None:
+    job = make_job("exit 5", image=image_with("ignores", Entrypoint=[*shell, "true"]))
     with pytest.raises(JobError, match="ignores") as failed:
         job.start()
     assert failed.value.code == "CONTAINER_CONFIG"

@@ -343,6 +343,27 @@ def test_when_execute_is_killed_daemons_of_its_program_are_found_and_a_job_that_
         os.kill(daemon, signal.SIGKILL)
 
 
+def test_what_the_supervisor_of_a_submitted_job_has_started_is_spared_too(
+    execute_py: Starter, until: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Such as the tool that makes the job's environment, which has a session of its own."""
+    (tmp_path / "supervisor").write_text("setsid bash -c 'echo $$; sleep 3600; true'\ntrue\n")
+    name = f"{tmp_path}/supervisor mlflow_remote_backend.runner.supervise"
+    execution = execute_py(f"setsid bash {name} & sleep 3600")
+    until(lambda: execution.log().endswith(b"\n"))
+    tool = int(execution.log())
+    until(lambda: len(_session_members(tool)) == 2)
+    execution.kill()
+    started = execution.spool.started()
+    assert started is not None
+    kill_orphans(started)
+    until(lambda: not _session_members(started.pid))
+    assert len(_session_members(tool)) == 2
+    parent = int(Path(f"/proc/{tool}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGKILL)
+    os.killpg(tool, signal.SIGKILL)
+
+
 def _session_members(session: int) -> list[str]:
     found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True).stdout
     return [line for line in found.splitlines() if " Z" not in line]

@@ -12,7 +12,7 @@ import filecmp
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -202,7 +202,7 @@ def unpack(archive: Iterator[bytes], root: Path, folder: str, came: Path | None 
             if error.errno is None or error.errno in _DISK_TROUBLE:
                 raise
             problems.append(f"{path}: {error.strerror}")
-    _link(root, [(path, target) for path, target in links if _points_to(path, target) not in left_out])
+    _link(root, links, left_out)
     return problems
 
 
@@ -231,15 +231,15 @@ def _make(
             _copy_again(root / path, left_out.get(original, root / original))
 
 
-def _points_to(path: str, target: str) -> str:
-    return os.path.normpath(os.path.join(os.path.dirname(path), target))
-
-
-def _link(root: Path, links: Iterable[tuple[str, str]]) -> None:
+def _link(root: Path, links: Sequence[tuple[str, str]], left_out: Mapping[str, Path]) -> None:
     for path, target in links:
         if is_safe_target(path, target):
             with contextlib.suppress(OSError):
                 (root / path).symlink_to(target)
+    ends = {path: os.path.relpath(os.path.realpath(root / path), os.path.realpath(root)) for path, _ in links}
+    for path in (path for path, end in ends.items() if end in left_out):
+        with contextlib.suppress(OSError):
+            (root / path).unlink()
 
 
 def _inside(folder: str, name: str) -> str | None:

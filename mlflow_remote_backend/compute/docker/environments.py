@@ -200,11 +200,13 @@ def _in_image(build: _Build, auth: Mapping[str, Any] | None, cache_root: Path) -
     found = build.engine.image(name)
     if found is None and repository:
         found = _pulled(build, name, auth)
-    if found is None:
+    made_now = found is None
+    if made_now:
         _make(build, cache_root)
         _commit(build, name)
         found = build.engine.image(name)
-    if repository and found is not None and not found.get("RepoDigests"):  # it was made here and is not pushed yet
+    # An engine with containerd's image store gives a digest to what was never pushed, too.
+    if repository and found is not None and (made_now or not found.get("RepoDigests")):
         _push(build, name, auth)
         found = build.engine.image(name)
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ def obtain(
         found = engine.image(name)
     if found is None:
         raise failed(diagnosis.of_pull(name, "not found on the engine although it was pulled"))
-    return Image.from_inspect(found)
+    image = Image.from_inspect(found)
+    digest = name.partition("@")[2]  # the engine may know the image by those of other repositories, too
+    return dataclasses.replace(image, digest=digest) if digest else image
 
 
 def failed(found: Diagnosis) -> JobError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ...environment import cache
-from ...errors import ComputeError, JobError
+from ...errors import ComputeError, ConfigError, JobError
 from ...job import JobSpec, Reason
 from ...runner import supervise
 from ...runner.prepare import Place
@@ -289,7 +289,8 @@ def _wrapped(entrypoint: tuple[str, ...], line: str) -> tuple[str, ...]:
 def _text_of_shell(argv: tuple[str, ...]) -> tuple[str, ...] | None:
     """What a shell in ``argv`` is told by ``-c``: its script, which may be still to come, and that one's arguments."""
     for index, each in enumerate(argv):
-        before = [word for word in argv[:index] if not word.startswith("-")]
+        pairs = zip(("", *argv), argv[:index], strict=False)
+        before = [word for last, word in pairs if not word.startswith("-") and not re.fullmatch(r"-\w*o", last)]
         if re.fullmatch(r"-\w*c", each) and before and re.fullmatch(r"(.*/)?\w*sh", before[-1]):
             return argv[index + 1 :]
     return None
@@ -336,5 +337,5 @@ class _Over:
 
     def collect(self) -> None:
         """An engine that does not answer now is not waited for: `mlflow-remote gc` does the rest."""
-        with contextlib.suppress(ComputeError):
+        with contextlib.suppress(ComputeError, ConfigError):
             remove(self._connect(), self._name)

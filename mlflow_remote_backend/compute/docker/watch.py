@@ -244,7 +244,7 @@ class ContainerRun:
         give_up = time.monotonic() + self._spec.limits.finalize_timeout_s
         output = ""
         try:
-            for output in self._spec.outputs:
+            for output in sorted(self._spec.outputs):  # a folder before those inside it
                 self._ask(partial(copying.set_aside, self._folder.work / output, self._came / output), give_up)
             for output in self._spec.outputs:
                 problems = self._ask(partial(self._from_source, partial(self._unpack_output, output)), give_up)
