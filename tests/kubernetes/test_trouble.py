@@ -83,10 +83,11 @@ def test_a_limit_range_that_wants_more_for_each_container_can_be_given_it(
 ) -> None:
     limits = [{"type": "Container", "min": {"cpu": "50m", "memory": "100Mi"}}]
     namespace.make("limitranges", {"kind": "LimitRange", "metadata": {"name": "l"}, "spec": {"limits": limits}})
+    project = projects.make("echo hello")
     with pytest.raises(RemoteExecutionException, match=r"minimum (.|\n)*kubernetes\.sidecar_cpu"):
-        projects.submit(projects.make("exit 0"))
+        projects.submit(project)
     enough = with_options(projects, sidecar_cpu="50m", sidecar_memory="128MiB")
-    assert enough.run("echo hello").status == "FINISHED"
+    assert ended(enough.submit(project)).status == "FINISHED"
 
 
 @pytest.mark.parametrize(
