@@ -68,7 +68,7 @@ def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
             continue
         try:
             action = _folder_action(tracking, folder, dry_run)
-        except ComputeError as error:  # one engine that is away must not keep the others' folders
+        except (ComputeError, ConfigError) as error:  # one engine that is away must not keep the others' folders
             yield Collected("error", error.code, str(error))
             continue
         if action:

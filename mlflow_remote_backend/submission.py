@@ -80,11 +80,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would happen. ``request``: the compute's rendering with placeholders for run and artifact URI."""
+    """What would happen. ``request``: the compute's rendering with placeholders for run and artifact URI; ``diff``: of
+    what is packed, as it was then."""
 
     project: Project
     config: BackendConfig
     packed: snapshot.Snapshot
+    diff: str = field(repr=False)
     request: Request
     notices: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -144,7 +146,7 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     tracking = Tracking(order.tracking_uri)
     artifact_uri = tracking.preflight(order.experiment_id)
     seconds: dict[str, float] = {}
-    packed, locked = _pack_and_lock(found, config, tracking, own.path, say, seconds)
+    (packed, diff), locked = _pack_and_lock(found, config, tracking, own.path, say, seconds)
     run = RunRef(
         experiment_id=order.experiment_id, artifact_uri=artifact_uri, tracking_uri=config.tracking_uri or tracking.uri
     )
@@ -155,19 +157,20 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     notices = (*packed.warnings, *compute.check(request, secrets))
     for notice in notices:
         say(notice)
-    return Plan(found, config, packed, request, notices, seconds), compute, secrets, tracking, own.owner
+    return Plan(found, config, packed, diff, request, notices, seconds), compute, secrets, tracking, own.owner
 
 
 def _pack_and_lock(
     found: Project, config: BackendConfig, tracking: Tracking, folder: Path, say: Say, seconds: dict[str, float]
-) -> tuple[snapshot.Snapshot, EnvironmentRef]:
-    """The snapshot and the lock, side by side: one reads the disk, the other waits for a solver."""
+) -> tuple[tuple[snapshot.Snapshot, str], EnvironmentRef]:
+    """The snapshot with its diff and the lock, side by side: one reads the disk, the other waits for a solver."""
     stores = local_stores(tracking.uri)
 
-    def pack() -> snapshot.Snapshot:
+    def pack() -> tuple[snapshot.Snapshot, str]:
         with timed(seconds, "snapshot"):
             listing = snapshot.scan(found.dir, config.snapshot, stores, required=_required(found))
-            return snapshot.build(listing, folder)
+            packed = snapshot.build(listing, folder)
+            return packed, _diff(found, listing)
 
     def lock() -> EnvironmentRef:
         with timed(seconds, "environment"):
@@ -445,8 +448,8 @@ def _store(tracking: Tracking, run: RunRef, planned: Plan, earlier: RunView | No
     tracking.store_text(run.run_id, packed.listing.to_text(), "snapshot/files.txt")
     if spec.environment.lock:
         tracking.store_text(run.run_id, spec.environment.lock, f"environment/{lock_name(spec.environment)}")
-    if diff := _diff(planned):
-        tracking.store_text(run.run_id, diff, "remote/uncommitted.diff")
+    if planned.diff:
+        tracking.store_text(run.run_id, planned.diff, "remote/uncommitted.diff")
     tracking.log_metrics(run.run_id, {f"remote/seconds_{key}": value for key, value in planned.seconds.items()})
     own = f"{run.artifact_uri}/snapshot/{packed.path.name}"
     if earlier is not None and earlier.tag("snapshot_stored") and earlier.tag("snapshot") == packed.digest:
@@ -462,13 +465,12 @@ def _store(tracking: Tracking, run: RunRef, planned: Plan, earlier: RunView | No
     return dataclasses.replace(packed.ref, uri=own)
 
 
-def _diff(planned: Plan) -> str:
+def _diff(found: Project, listing: snapshot.Listing) -> str:
     """The uncommitted changes of what is packed. A line that was taken out may hold a credential, too."""
-    listing = planned.packed.listing
-    diff = project.uncommitted(planned.project, {entry.path for entry in listing.entries})
-    found = () if listing.allow_secrets else secret_scan.find(re.sub(rb"(?m)^[-+ ]", b"", diff))
-    if found:
-        lines = "".join(f"line {each.line}: {each.rule}\n" for each in found)
+    diff = project.uncommitted(found, {entry.path for entry in listing.entries})
+    secrets = () if listing.allow_secrets else secret_scan.find(re.sub(rb"(?m)^[-+ ]", b"", diff))
+    if secrets:
+        lines = "".join(f"line {each.line}: {each.rule}\n" for each in secrets)
         return f"The diff is left out, since it holds credentials:\n{lines}"
     return diff.decode(errors="replace")
 

@@ -250,7 +250,7 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         while True:
             ended = not follow
             try:
-                ended = ended or self.view().ended
+                ended = ended or self._never_goes_on(self.view())
                 yield from log.live(follow=not ended)
                 if ended or self._compute is None:
                     yield from log.stored()
@@ -260,6 +260,10 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
                 if not follow or not error.transient:
                     raise
             time.sleep(pause_s)
+
+    def _never_goes_on(self, view: RunView) -> bool:
+        """A deleted run never has a final status; without its compute nobody tells when its job ends."""
+        return view.ended or (view.deleted and self._compute is None)
 
     def get_metrics(self) -> dict[str, float]:
         """The latest value of each metric."""

@@ -42,6 +42,16 @@ def test_attempts_whose_pods_are_gone_come_from_the_stored_log() -> None:
     assert shown == b"one\nmore\n\n--- attempt 2 ---\ntwo\n\n--- attempt 3 ---\nthree\n"
 
 
+def test_the_log_of_a_deleted_run_ends_where_nobody_tells_of_its_job() -> None:
+    class Deleted(Tracking):
+        def view(self, run_id: str) -> RunView:
+            tags = {"mlflow_remote.phase": "running"}
+            return RunView(run_id, "0", "", "RUNNING", "", None, None, tags, {}, {}, deleted=True)
+
+    run = RemoteSubmittedRun(Deleted(), "run", None, JobHandle("kubernetes://a/b"))  # type: ignore[arg-type]
+    assert b"".join(run.log_bytes(follow=True)).startswith(b"one\nmore\n")
+
+
 class OneRun:
     def __init__(self, phase: str) -> None:
         self.tags = {"mlflow_remote.phase": phase, "mlflow_remote.handle": "kubernetes://a/b"}

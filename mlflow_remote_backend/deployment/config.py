@@ -260,7 +260,7 @@ def _with_azures_words(shared: Mapping[str, Any], own: Mapping[str, Any], place:
         if not value > 0:
             raise place.child(word).refused(value, _GIGABYTES.expects)
         resources = dict(found.get("resources") or {})
-        if key in resources:
+        if resources.get(key) is not None:
             trouble = f"and {quoted('resources.' + key)} say the same thing"
             raise place.child(word).error(trouble, "Give one of them.")
         found["resources"] = {**resources, key: value if key == "cpu" else int(value * 2**30)}

@@ -202,7 +202,7 @@ class KeptTarget:
         try:
             self.roll(keep, order, software, secrets, watcher)
         except BaseException:
-            with contextlib.suppress(ComputeError):  # it must not hide the first one
+            with contextlib.suppress(ComputeError, OSError):  # it must not hide the first one
                 keep.put([File("wanted.json", wanted_before)])
             raise
 

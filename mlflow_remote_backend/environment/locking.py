@@ -291,7 +291,7 @@ def write_lock(spec: EnvSpec, root: Path, report: Report = silent, *, lock_for: 
 
 @dataclass(frozen=True)
 class Committed:
-    """A lock that the project brings. ``digest``: sha256 of its bytes."""
+    """A lock that the project brings. ``digest``: sha256 of its bytes, and of what it includes."""
 
     file: Path
     data: bytes
@@ -301,6 +301,15 @@ class Committed:
     def text(self) -> str:
         return self.data.decode("utf-8", errors="replace")
 
+    @property
+    def includes(self) -> bool:
+        """Whether it names further files, which are not where the job runs."""
+        return self.file.name == "requirements.lock" and _INCLUDES.search(self.text) is not None
+
+    @property
+    def listed(self) -> requirements.RequirementList:
+        return requirements.expand_text(self.text, folder=self.file.parent, where=self.file.name)
+
 
 def _committed(spec: EnvSpec) -> Committed | None:
     import hashlib
@@ -309,7 +318,10 @@ def _committed(spec: EnvSpec) -> Committed | None:
         file = spec.folder / name
         if file.is_file():
             data = file.read_bytes()
-            return Committed(file, data, hashlib.sha256(data).hexdigest())
+            found = Committed(file, data, hashlib.sha256(data).hexdigest())
+            if found.includes:
+                return replace(found, digest=digest([found.digest, dataclasses.asdict(found.listed)]))
+            return found
     return None
 
 
@@ -339,12 +351,11 @@ def _from_conda_lock(request: _Request, committed: Committed) -> _Lock | str:
 
 def _from_requirements_lock(request: _Request, committed: Committed) -> _Lock | str:
     spec, name = request.spec, committed.file.name
-    listed = requirements.expand_text(committed.text, folder=committed.file.parent, where=name)
-    rows = lockfile.requirements_rows(listed, name)
+    rows = lockfile.requirements_rows(committed.listed, name)
     written = lockfile.written_declaration(committed.text)
     missing = [] if written else _unsatisfied(request, rows)
     text = committed.text
-    if _INCLUDES.search(text):  # files that are not where the job runs
+    if committed.includes:
         text = "".join(f"{lockfile.requirement_text(row)}\n" for row in rows)
     return _fitting(_Lock(text, rows), name, spec, written, missing)
 

@@ -211,3 +211,7 @@ def test_the_clusters_proxy_is_used(kubeconfig: Path) -> None:
     kubeconfig.write_text(json.dumps(document))
     with pytest.raises(ComputeError, match="ProxyError"):
         Api.open(kubeconfig=str(kubeconfig)).get("/version", patience_s=0.0)
+    document["clusters"][0]["cluster"]["proxy-url"] = "ftp://127.0.0.1:1"
+    kubeconfig.write_text(json.dumps(document))
+    with pytest.raises(ComputeError, match="login cannot be read"):
+        Api.open(kubeconfig=str(kubeconfig))

@@ -106,6 +106,9 @@ def test_null_of_the_command_line_takes_a_key_back():
     said = {"docker.user": "null", "token_env": "null", "description": "null", "resources.memory": "null"}
     after = config.parse(said, before=before)
     assert (after.run.docker.user, after.token_env, after.description) == (None, "", "")
+    before = config.parse({"compute": "docker", "resources": {"memory": "2Gi"}}).raw
+    after = config.parse({"resources.memory": "null", "memory_gb": "4"}, before=before)
+    assert after.run.resources.memory_bytes == 4 * 2**30
 
 
 def test_bytes_are_sent_as_the_scoring_server_takes_them():

@@ -302,3 +302,7 @@ def test_a_disk_without_room_does_not_end_what_serves(bench):
     assert bench.get() == "revision 1"
     in_the_way.rmdir()
     bench.until(lambda: bench.state()["restarts"] == 1)
+    (bench.folder / f"listen.json.{bench.process.pid}.tmp").mkdir()
+    bench.want(2, listen={"host": "0.0.0.0", "port": 0})
+    bench.serving(2)
+    assert bench.state()["host"] == "0.0.0.0"

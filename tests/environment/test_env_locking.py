@@ -285,6 +285,9 @@ def test_a_lock_that_includes_another_travels_whole(bench: Bench) -> None:
     written.rename(bench.project / "base.lock")
     written.write_text("-r base.lock\n")
     assert rows(bench.lock("uv", frozen=True)) == {"fruit": "1.0", "needed": "2.0"}
+    base = bench.project / "base.lock"
+    base.write_text(base.read_text().replace("needed==2.0", "needed==2.1"))
+    assert rows(bench.lock("uv", frozen=True)) == {"fruit": "1.0", "needed": "2.1"}
 
 
 def test_of_a_lock_for_several_pythons_the_row_for_this_one_counts(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from mlflow_remote_backend import gc, submission, submission_folder
 from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.compute.local import LocalCompute
 from mlflow_remote_backend.environment import cache
-from mlflow_remote_backend.errors import ComputeError
+from mlflow_remote_backend.errors import ComputeError, ConfigError
 from mlflow_remote_backend.runner import run_folder
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
 from mlflow_remote_backend.runner.spool import Spool
@@ -386,6 +386,25 @@ def test_gc_asks_no_server_about_the_jobs_of_another_one(sqlite_tracking, make_p
     other = copy_database(database_template, tmp_path / "other.db", str(tmp_path))
     assert [each for each in gc.collect(Tracking(f"sqlite:///{other}")) if each.kind == "folder"] == []
     assert folder_of(run).exists()
+    (tmp_path / "stop").touch()
+    assert ended(run).status == "FINISHED"
+
+
+def test_gc_goes_on_after_a_job_whose_engine_cannot_be_named_any_more(
+    sqlite_tracking, make_project, tmp_path, monkeypatch
+):
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    kill(supervisor_pid(run))
+
+    def refuse(*_):
+        raise ConfigError("The Docker engine's TLS files cannot be used.")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(gc, "_folder_action", refuse)
+        gone.setattr(gc, "_deployments", lambda dry_run: iter([gc.Collected("deployment", "toy", "removed")]))
+        done = list(gc.failures(gc.collect(Tracking(sqlite_tracking))))
+    assert [each.kind for each in done if each.kind in ("error", "deployment")] == ["error", "deployment"]
     (tmp_path / "stop").touch()
     assert ended(run).status == "FINISHED"
 

@@ -541,13 +541,13 @@ def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
         _load_with_timeout(files, chosen["name"], configuration)
         cluster = merged["clusters"].get_with_name(chosen["context"]["cluster"]).value["cluster"]
         configuration.proxy = cluster.get("proxy-url") or configuration.proxy  # which client 36 leaves out
+        connected, authority = _client(configuration), _authority(configuration)
     except ComputeError:
         raise
-    except Exception as error:  # the client raises whatever YAML, base64 and a login plugin make it raise
+    except Exception as error:  # the client raises whatever YAML, base64, a proxy and a login plugin make it raise
         raise ComputeError(f"The cluster's login cannot be read: {place}.", words=redact(str(error))) from error
     namespace = chosen["context"].get("namespace") or "default"
-    server = without_userinfo(configuration.host)
-    return _client(configuration), Login(files, chosen["name"], server, namespace, _authority(configuration))
+    return connected, Login(files, chosen["name"], without_userinfo(configuration.host), namespace, authority)
 
 
 def _authority(configuration: Any) -> str:

@@ -317,7 +317,8 @@ class Keeper:
         if revision.public is not before:
             self.public = revision.public
             self.host, self.port = revision.wanted["listen"]["host"], self.public.getsockname()[1]
-            write_json(self._path("listen.json"), {"host": self.host, "port": self.port})
+            with suppress(OSError):  # the next keeper comes here all the same, by what is wanted
+                write_json(self._path("listen.json"), {"host": self.host, "port": self.port})
         return before
 
     def fail(self, wanted: Any, code: int | None, why: str, words: str = "") -> None:
