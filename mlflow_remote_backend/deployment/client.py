@@ -156,7 +156,7 @@ class RemoteDeploymentClient(BaseDeploymentClient):  # type: ignore[misc]
                 raise RequestError("predict needs a deployment's name.")
             _check_name(name, endpoint)
             where, status = self._existing(name)
-            if not status.url:
+            if not (status.url or status.replicas_ready):  # a container that hands its port on has none for a moment
                 raise ComputeError(f"Deployment {name} is {status.state.value}.", words=status.detail, transient=True)
             timeout_s = status.spec.timeout_s + 5.0
             answer = where.call(name, "/invocations", calling.body_of(inputs), calling.JSON, timeout_s)

@@ -162,10 +162,20 @@ def test_threads_that_connect_at_once_do_not_bring_the_process_down(kubeconfig: 
 # ------------------------------------------------------------------------------------------------------- which cluster
 
 
-def test_another_cluster_is_refused_each_time(kubeconfig: Path) -> None:
+def test_another_cluster_is_refused_each_time_after_one_login(
+    kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logins, really = [], Api.open
+
+    def login(**named: str) -> Api:
+        logins.append(named)
+        return really(**named)
+
+    monkeypatch.setattr(Api, "open", login)
     for _ in range(2):
         with pytest.raises(ComputeError, match=r"another cluster, at https://prod\.example\.com"):
             Api.shared(kubeconfig=str(kubeconfig), context="here", server="https://prod.example.com")
+    assert len(logins) == 1
 
 
 def test_a_cluster_of_the_same_address_is_another_one(kubeconfig: Path) -> None:

@@ -364,10 +364,11 @@ def test_whoever_changes_what_somebody_removes_is_told_so(client, config, make_m
         capfd.readouterr()
         changing.start()
         shown = ""
-        while "loading the model" not in shown:
+        while "loading the model" not in shown and changing.is_alive():
             shown += capfd.readouterr().err
+            time.sleep(0.05)
         get_deploy_client("remote:/docker").delete_deployment(NAME)
-        changing.join(10)
+        changing.join(30)
     assert set(said.values()) == {f"Deployment {NAME} was removed by somebody while it was rolled out."}
     assert set(said) == {"create_deployment", "update_deployment"}
     assert "goes on" not in capfd.readouterr().err

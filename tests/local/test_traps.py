@@ -12,6 +12,7 @@ import zipfile
 import mlflow
 import pytest
 
+from mlflow_remote_backend import submission
 from mlflow_remote_backend.submitted_run import attach
 from mlflow_remote_backend.testing import ended, stored_log, until
 
@@ -175,6 +176,25 @@ def test_the_diff_of_a_dirty_tree_holds_nothing_that_stays_behind(sqlite_trackin
     else:
         assert credential not in diff
         assert "line 6: AWS access key id" in diff
+
+
+def test_the_diff_is_that_of_what_was_packed(sqlite_tracking, make_project, monkeypatch):
+    project = make_project("echo x", files={"code.py": "first\n"})
+    git(project, "init", "--quiet")
+    git(project, "add", ".")
+    git(project, "commit", "--quiet", "-m", "first")
+    (project / "code.py").write_text("packed\n")
+    locked = submission._locked
+
+    def edited_meanwhile(*arguments):
+        (project / "code.py").write_text("edited later\n")
+        return locked(*arguments)
+
+    monkeypatch.setattr(submission, "_locked", edited_meanwhile)
+    view = ended(submit(project))
+    diff = mlflow.artifacts.load_text(f"{view.artifact_uri}/remote/uncommitted.diff")
+    assert "+packed\n" in diff
+    assert "later" not in diff
 
 
 def test_the_callers_configuration_is_not_changed(sqlite_tracking, make_project):

@@ -144,9 +144,11 @@ class Api:
         key = (os.pathsep.join(_kubeconfig_files(kubeconfig)), context, server, authority)
         with _SHARED_LOCK:
             if key not in _SHARED:
-                opened = cls.open(kubeconfig=kubeconfig, context=_context_of(kubeconfig, context, server))
-                opened.require(server, authority)
-                _SHARED[key] = opened
+                login = (key[0], _context_of(kubeconfig, context, server))
+                if login not in _OPENED:
+                    _OPENED[login] = cls.open(kubeconfig=kubeconfig, context=login[1])
+                _OPENED[login].require(server, authority)
+                _SHARED[key] = _OPENED[login]
             return _SHARED[key]
 
     @property
@@ -441,7 +443,8 @@ def _server_time(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-_SHARED: dict[tuple[str, str, str, str], Api] = {}
+_OPENED: dict[tuple[str, str], Api] = {}  # by kubeconfig and context: a login may take seconds
+_SHARED: dict[tuple[str, str, str, str], Api] = {}  # those of which it is known that they lead to the right cluster
 _SHARED_LOCK = threading.Lock()
 
 
