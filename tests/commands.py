@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+#: ``python -c`` of these with a main program after them: see like_windows.py.
+LIKE_WINDOWS = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import like_windows; "
+MLFLOW = "sys.modules['mlflow.cli'].cli()"
+OURS = "from mlflow_remote_backend.cli import main; sys.exit(main())"
+
 
 @dataclass(frozen=True)
 class Command:

@@ -9,22 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import Command
-
-TESTS = Path(__file__).parent
-START = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import like_windows; "
+from commands import LIKE_WINDOWS, MLFLOW, OURS, Command
 
 
 @pytest.fixture
 def mlflow_there(workdir: Path) -> Command:
-    return Command((sys.executable, "-c", START + "mlflow = sys.modules['mlflow.cli']; mlflow.cli()"), workdir)
+    return Command((sys.executable, "-c", LIKE_WINDOWS + MLFLOW), workdir)
 
 
 @pytest.fixture
 def ours_there(workdir: Path) -> Command:
-    return Command(
-        (sys.executable, "-c", START + "from mlflow_remote_backend.cli import main; sys.exit(main())"), workdir
-    )
+    return Command((sys.executable, "-c", LIKE_WINDOWS + OURS), workdir)
 
 
 @pytest.mark.parametrize("compute", ["local", "docker"])

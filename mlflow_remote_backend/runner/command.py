@@ -41,7 +41,7 @@ def render(entry_point: EntryPoint, declared: Mapping[str, str], extra: Mapping[
     for key, value in {**declared, **extra}.items():
         if "\0" in key or "\0" in value:
             raise ProjectError(f"Parameter {key!r} has a NUL byte, which no command line can carry.")
-    check_quoting(entry_point, declared)
+    _check_quoting(entry_point, declared)
     try:
         command = entry_point.command.format(**{key: shlex.quote(value) for key, value in declared.items()})
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -65,7 +65,7 @@ def _within_limit(entry_point: EntryPoint, command: str) -> str:
     return command
 
 
-def check_quoting(entry_point: EntryPoint, declared: Mapping[str, str]) -> None:
+def _check_quoting(entry_point: EntryPoint, declared: Mapping[str, str]) -> None:
     """Refuse values that would escape from quotes the template itself puts around their placeholder."""
     for name, context in placeholders(entry_point.command):
         value = declared.get(name)

@@ -210,30 +210,25 @@ def _denied(*args: Any) -> None:
     raise Refused("The Docker engine could not push.", words="denied: requested access to the resource is denied")
 
 
-@pytest.mark.usefixtures("tracking", "no_leftovers")
-def test_the_run_knows_the_image_built_for_it(bench, make_project, python_image, registry, built_images) -> None:
+def finished(project: Path, docker: dict[str, Any], environment: dict[str, Any]) -> Any:
+    """A run of the project that has ended well."""
     import mlflow
 
+    config = {"compute": "docker", "stream_output": False, "docker": {"network": "host", **docker}}
+    run = mlflow.projects.run(
+        str(project), backend="remote", synchronous=False, backend_config={**config, "environment": environment}
+    )
+    assert run.wait(), run.view().tag("message")
+    return run
+
+
+@pytest.mark.usefixtures("tracking", "no_leftovers")
+def test_the_run_knows_the_image_built_for_it(bench, make_project, python_image, registry, built_images) -> None:
     bench.python_env("needed")
     files = {"python_env.yaml": (bench.project / "python_env.yaml").read_bytes()}
     project = make_project("python -c 'import needed'", files=files, python_env="python_env.yaml")
-    run = mlflow.projects.run(
-        str(project),
-        backend="remote",
-        synchronous=False,
-        backend_config={
-            "compute": "docker",
-            "stream_output": False,
-            "docker": {
-                "image": python_image,
-                "network": "host",
-                "build": True,
-                "repository": f"{registry}/team/{uuid.uuid4().hex[:8]}",
-            },
-            "environment": {"index_url": bench.index.url},
-        },
-    )
-    assert run.wait(), run.view().tag("message")
+    options = {"image": python_image, "build": True, "repository": f"{registry}/team/{uuid.uuid4().hex[:8]}"}
+    run = finished(project, options, {"index_url": bench.index.url})
     (made,) = built_images(bench.python_env("needed").lock())
     assert made["RepoDigests"][0].rpartition("@")[2] == run.view().tag("image")
 
@@ -241,8 +236,6 @@ def test_the_run_knows_the_image_built_for_it(bench, make_project, python_image,
 @pytest.mark.usefixtures("tracking", "no_leftovers")
 @pytest.mark.parametrize("declared", ["conda", "python_env"])
 def test_a_project_runs_in_its_environment_from_one_call(bench, make_project, python_image, volume, declared) -> None:
-    import mlflow
-
     if declared == "conda":
         bench.conda(f"python={channels.PYTHON_MINOR}", "toylib", pip=("needed",))
     else:
@@ -250,18 +243,8 @@ def test_a_project_runs_in_its_environment_from_one_call(bench, make_project, py
     name = f"{declared}.yaml"
     files = {name: (bench.project / name).read_bytes(), "main.py": SHOW}
     project = make_project("python main.py || true", files=files, **{f"{declared.removesuffix('_env')}_env": name})
-    run = mlflow.projects.run(
-        str(project),
-        backend="remote",
-        synchronous=False,
-        backend_config={
-            "compute": "docker",
-            "stream_output": False,
-            "docker": {"image": python_image, "network": "host", "env_cache": volume},
-            "environment": {"channel_map": {"conda-forge": bench.channel.as_uri()}, "index_url": bench.index.url},
-        },
-    )
-    assert run.wait(), run.view().tag("message")
+    places = {"channel_map": {"conda-forge": bench.channel.as_uri()}, "index_url": bench.index.url}
+    run = finished(project, {"image": python_image, "env_cache": volume}, places)
     view = run.view()
     prefix, toylib, needed, _ = json.loads(next(run.logs()))
     assert (prefix, toylib, needed) == (f"/mlflow-remote/envs/{view.tag('environment')}", "1.1", "2.0")

@@ -7,20 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import Command
+from commands import LIKE_WINDOWS, MLFLOW, OURS, Command
 
 from mlflow_remote_backend.testing import Projects
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(300)]
 
-START = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import like_windows; "
-MLFLOW = "sys.modules['mlflow.cli'].cli()"
-OURS = "from mlflow_remote_backend.cli import main; sys.exit(main())"
-
 
 @pytest.fixture
 def there(workdir: Path):
-    return lambda program: Command((sys.executable, "-c", START + program), workdir)
+    return lambda program: Command((sys.executable, "-c", LIKE_WINDOWS + program), workdir)
 
 
 def run(there, projects: Projects, script: str, *options: str, **config):
