@@ -13,6 +13,7 @@ from functools import partial
 from typing import cast
 
 from . import compute as computes
+from . import removal
 from .compute.base import Compute
 from .compute.supervised import SupervisedCompute
 from .deployment import looking
@@ -44,6 +45,7 @@ def collect(tracking: Tracking, *, dry_run: bool = False, cache: bool = False) -
     yield from _clusters(tracking, dry_run)
     yield from _deployments(dry_run)
     if not dry_run:
+        removal.empty(state_root() / "trash")
         yield from (Collected("scratch", str(path), "removed: its submission died") for path in sweep())
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import file_lock
+from .. import file_lock, removal
 from ..errors import ComputeError, ConfigError
 from ..runner import run_folder
 from ..runner.call_limits import users_environ
@@ -144,7 +144,7 @@ class LocalKeep:
             os.replace(beside, target)
 
     def drop(self, name: str) -> None:
-        shutil.rmtree(self._folder / name, ignore_errors=True)
+        removal.delete(self._folder / name)
 
     def start(self) -> None:
         if self.alive():
@@ -191,7 +191,7 @@ class LocalKeep:
             pid = json.loads(self.read("state.json") or b"{}").get("pid")
             with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        removal.remove(self._folder, self._folder.parent.parent / "trash")
 
     def _may_live(self) -> bool:
         """Also one that was started just now and has not taken its lock yet."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import removal
 from . import lease
 
 MARKER = ".complete"
@@ -238,26 +239,7 @@ def _remove_environment(root: Path, entry: Entry, older_than_s: float) -> bool:
 
 def discard(root: Path, path: Path) -> None:
     """Removes a folder: away from its name at once, from the disk then. Returns if there is none."""
-    trash = root / "tmp"
-    trash.mkdir(parents=True, exist_ok=True)
-    doomed = trash / f"trash-{uuid.uuid4().hex}"
-    try:
-        os.rename(path, doomed)
-    except FileNotFoundError:
-        return
-    _delete(doomed)
-
-
-def _delete(folder: Path) -> None:
-    """rmtree that also manages folders without write permission, which packages bring."""
-
-    def again(function: Any, name: str, error: Any) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(name), 0o700)
-            os.chmod(name, 0o700)
-            function(name)
-
-    shutil.rmtree(folder, onerror=again)
+    removal.remove(path, root / "tmp")
 
 
 def _prune_files(root: Path, older_than_s: float, *, dry_run: bool) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import removal
 from ..errors import JobError, ProjectError, RemoteError
 from ..job import JobSpec, Parameter
 from ..version import __version__
@@ -121,10 +122,7 @@ def _empty(folder: Path) -> None:
     """Remove what an earlier attempt, or an earlier start of this step, left in the project's folder."""
     if folder.is_dir():
         for each in folder.iterdir():
-            if each.is_dir() and not each.is_symlink():
-                shutil.rmtree(each)
-            else:
-                each.unlink()
+            removal.delete(each)
 
 
 def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
@@ -187,7 +185,7 @@ def _download(spec: JobSpec, place: Place, parameter: Parameter, uri: str) -> st
     place.on_phase(f"fetching parameter {parameter.name}")
     folder = place.work.parent / "parameters"
     target = folder / parameter.name.replace(os.sep, "_")
-    shutil.rmtree(target, ignore_errors=True)
+    removal.delete(target)
     target.mkdir(parents=True)
     from mlflow.artifacts import download_artifacts
 

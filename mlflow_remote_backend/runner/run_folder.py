@@ -13,8 +13,8 @@
         came/             docker: its output folders as they came with it, once the program has ended
         scratch/          the supervisor's temporary files
 
-It is removed once the run is finalised and everything is uploaded. ``<state>`` is ``$XDG_STATE_HOME/mlflow-remote``,
-by default ``~/.local/state/mlflow-remote``. Standard library only.
+It is removed once the run is finalised and everything is uploaded, by way of ``<state>/trash``. ``<state>`` is
+``$XDG_STATE_HOME/mlflow-remote``, by default ``~/.local/state/mlflow-remote``. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets as random_tokens
-import shutil
 import socket
 import threading
 import time
@@ -30,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import file_lock
+from .. import file_lock, removal
 from ..errors import ComputeError
 from ..job import JobSpec
 from . import envelope
@@ -125,14 +124,19 @@ class RunFolder:
                 os.close(descriptor)
                 return None
             time.sleep(0.001)  # somebody was just looking whether a supervisor lives
-        return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.lock).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # removed meanwhile
+        return None
 
     def supervised(self) -> bool:
         """Whether a supervisor of ours lives: the kernel's word, immune to reused process ids."""
         return bool(file_lock.is_held(self.lock))
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """All of it at once: who looks meanwhile finds it whole, or gone, and makes nothing anew in half of it."""
+        removal.remove(self.path, self.root / "trash")
 
 
 def replace_text(path: Path, text: str) -> None:

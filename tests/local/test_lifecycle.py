@@ -336,7 +336,7 @@ def test_many_runs_submitted_side_by_side_are_neither_lost_nor_mixed_up(tracking
             assert view.tag("exit_code") == str(number % 3)
             assert view.status == ("FAILED" if number % 3 else "FINISHED")
             assert stored_log(view.run_id) == f"run {number}\n".encode()
-    assert not list(all_folders())
+    until(lambda: not list(all_folders()), 30, "the folders removed")
 
 
 def test_the_same_submission_id_at_the_same_time_makes_one_job(sqlite_tracking, make_project, tmp_path):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ... import removal
 from ...runner.unpack import is_safe_target
 
 _BLOCK_BYTES = 512
@@ -177,10 +178,7 @@ def unpack(archive: Iterator[bytes], root: Path, folder: str, came: Path | None 
     long, say). Raises OSError where the disk is full or the archive breaks off.
     """
     target = root / folder
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    else:
-        shutil.rmtree(target, ignore_errors=True)
+    removal.delete(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     links: list[tuple[str, str]] = []
     left_out: dict[str, Path] = {}
