@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,25 +237,10 @@ def _logs(arguments: argparse.Namespace) -> int:
             print(harmless(line))
         return OK
     terminal = Terminal(sys.stdout)
-    shown_bytes = 0
-    if arguments.tail is not None:
-        tail, shown_bytes = _tail(run.log_bytes(), arguments.tail)
-        terminal.write(tail)
-    for data in run.log_bytes(arguments.follow):
-        terminal.write(data[shown_bytes:])
-        shown_bytes = max(shown_bytes - len(data), 0)
+    for data in run.log_bytes(arguments.follow, tail=arguments.tail):
+        terminal.write(data)
     terminal.end()
     return OK
-
-
-def _tail(pieces: Iterable[bytes], count: int) -> tuple[bytes, int]:
-    """The last ``count`` lines of a log, and how long all of it is."""
-    tail, size_bytes = b"", 0
-    for data in pieces:
-        size_bytes += len(data)
-        lines = (tail + data).splitlines(keepends=True)
-        tail = b"".join(lines[max(len(lines) - count, 0) :])
-    return tail, size_bytes
 
 
 def _attach(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -242,11 +243,24 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         if held:
             yield held.decode(errors="replace")
 
-    def log_bytes(self, follow: bool = False) -> Iterator[bytes]:
+    def log_bytes(self, follow: bool = False, *, tail: int | None = None) -> Iterator[bytes]:
         """The program's output in pieces, byte for byte, one attempt after the other. ``follow`` as in ``logs``; a
-        tracking server that is away is waited for then."""
+        tracking server that is away is waited for then. ``tail``: of what is there now only so many lines."""
         log = Log(self._tracking, self._run_id, self._compute, self._handle)
         pause_s = 0.5 if self._compute is not None else STORED_PAUSE_S
+        kept = b""
+        while tail is not None:
+            try:
+                for data in itertools.chain(log.live(), log.stored()):
+                    lines = (kept + data).splitlines(keepends=True)
+                    kept = b"".join(lines[max(len(lines) - tail, 0) :])
+                break
+            except TrackingError as error:
+                if not follow or not error.transient:
+                    raise
+            time.sleep(pause_s)
+        if kept:
+            yield kept
         while True:
             ended = not follow
             try:

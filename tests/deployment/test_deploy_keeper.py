@@ -250,7 +250,7 @@ def test_stopping_ends_the_servers_too(bench, how):
     else:
         bench.process.send_signal(signal.SIGTERM)
     assert bench.process.wait(20) == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    bench.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def children(pid: int) -> list[int]:

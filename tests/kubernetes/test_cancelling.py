@@ -24,8 +24,8 @@ def test_a_job_that_starts_is_cancelled_as_fast_as_one_that_runs(
     assert time.monotonic() - asked < 20  # a lost signal would cost the pod's whole grace, half an hour
     view = ended(run)
     assert (view.status, view.tag("reason")) == ("KILLED", "CANCELLED")
-    until(lambda: not namespace.ours("pods") and not namespace.ours("jobs"), 20, "Job and pod are gone")
-    assert not namespace.ours("secrets")
+    kinds = ("pods", "jobs", "secrets")
+    until(lambda: not any(namespace.ours(kind) for kind in kinds), 20, "Job, pod and Secret are gone")
 
 
 def test_a_pod_deleted_while_it_starts_does_not_wait_for_its_whole_grace(

@@ -132,8 +132,8 @@ def test_a_submitter_killed_at_any_line_leaves_a_run_that_ends_right_or_none(
             assert (runs_of_program, view.tag("reason")) == (0, "BOOTSTRAP"), view
             assert "submitting process ended" in view.tag("message")
     assert {view.status for view in runs} == {"FINISHED", "FAILED"}, report
-    list(gc.collect(Tracking(sqlite_tracking)))
-    assert not list(all_folders())
+    tracking = Tracking(sqlite_tracking)
+    until(lambda: (list(gc.collect(tracking)), not list(all_folders()))[1], 30, "the folders removed")
     assert not list(home.temporary.iterdir())
 
 
@@ -260,7 +260,7 @@ def test_who_waits_for_a_run_that_is_deleted_is_told_so(sqlite_tracking, make_pr
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"Run {run_id} was deleted" in said
-    assert not list(all_folders())
+    until(lambda: not list(all_folders()), 30, "its folder removed")
 
 
 def test_a_long_lived_submitter_has_no_zombies_and_no_threads_left(supervisor, sqlite_tracking, make_project):

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 from faults import fault_proxy, is_api, is_artifact
 
-from mlflow_remote_backend import submitted_run
+from mlflow_remote_backend import cli, submitted_run
 from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.errors import TrackingError
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
@@ -161,6 +161,35 @@ def test_who_follows_the_log_gets_each_line_once_across_an_outage(server, waitin
     assert lines == ["before", "after"]
 
 
+def test_the_last_lines_of_a_log_that_is_followed_wait_too_and_are_fetched_once(
+    sqlite_tracking, make_project, monkeypatch, capsys
+):
+    run = mlflow.projects.run(
+        str(make_project("echo one; echo two; echo three")),
+        backend="remote",
+        env_manager="local",
+        synchronous=False,
+        backend_config={"stream_output": False},
+    )
+    ended(run)
+    until(lambda: not RunFolder(run.run_id).exists(), 30, "its folder removed")
+    index, read, fetched = Tracking.log_index, Tracking.read_artifact, []
+
+    def away_at_first(self, run_id):
+        monkeypatch.setattr(Tracking, "log_index", index)
+        raise TrackingError("The store is away.", transient=True)
+
+    def counted(self, run_id, path):
+        fetched.append(path)
+        return read(self, run_id, path)
+
+    monkeypatch.setattr(Tracking, "log_index", away_at_first)
+    monkeypatch.setattr(Tracking, "read_artifact", counted)
+    assert cli.main(["logs", "-f", "--tail", "2", run.run_id]) == 0
+    assert capsys.readouterr().out == "two\nthree\n"
+    assert len([path for path in fetched if path != "logs/index.json"]) == 1
+
+
 def test_a_log_whose_end_cannot_be_read_is_said(sqlite_tracking, make_project, monkeypatch, capsys):
     run = mlflow.projects.run(
         str(make_project("echo all")), backend="remote", env_manager="local", synchronous=False, backend_config={}
@@ -190,7 +219,7 @@ def test_a_server_that_stays_away_leaves_the_end_to_the_next_look(server, waitin
     view = ended(attach(run.run_id))
     assert (view.status, view.tag("exit_code")) == ("FAILED", "4")
     assert stored_log(run.run_id) == b"before\nafter\n"
-    assert not folder.exists()
+    until(lambda: not folder.exists(), 30, "its folder removed")
 
 
 def test_a_cancel_works_without_the_server(server, waiting):
