@@ -352,9 +352,10 @@ def _register(arguments: argparse.Namespace) -> int:
 
 def _lock(arguments: argparse.Namespace) -> int:
     from . import submission
+    from .follow import stderr_line
 
     platforms = arguments.platform or ["linux-64"]
-    path = submission.write_lock(arguments.project, _as_mapping(arguments.backend_config), platforms)
+    path = submission.write_lock(arguments.project, _as_mapping(arguments.backend_config), platforms, stderr_line)
     _print(arguments, {"lock": str(path)}, lambda: str(path))
     return OK
 

@@ -218,15 +218,18 @@ class Narrator:
             self._say(str(step))
 
 
-def write_lock(folder: str, backend_config: Mapping[str, Any], platforms: Sequence[str]) -> Path:
-    """Solve the environment of the project in ``folder`` anew and write its lock file there; the file's path."""
+def write_lock(folder: str, backend_config: Mapping[str, Any], platforms: Sequence[str], say: Say) -> Path:
+    """Solve the environment of the project in ``folder`` anew and write its lock file there; the file's path.
+
+    ``say`` is told what is done, and what the user should know of the lock. Blocks while it is solved.
+    """
     from .environment import cache, locking, spec
 
     path = Path(folder).absolute()
     env_type, env_config_path = project.declared_environment(path)
     config = configuration.parse(backend_config, project_dir=path, environ=os.environ)
     declared = spec.load(path, env_type, env_config_path, config.env_manager, config.environment)
-    return locking.write_lock(declared, cache.default_root(), lock_for=platforms)
+    return locking.write_lock(declared, cache.default_root(), Narrator(say), lock_for=platforms, warn=say)
 
 
 def _some(lines: Sequence[str], most: int = 20) -> list[str]:

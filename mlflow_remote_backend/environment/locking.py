@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -254,15 +254,25 @@ def _rendered(spec: EnvSpec, rows: Sequence[Row]) -> str:
     )
 
 
-def write_lock(spec: EnvSpec, root: Path, report: Report = silent, *, lock_for: Sequence[str] = ("linux-64",)) -> Path:
+def write_lock(
+    spec: EnvSpec,
+    root: Path,
+    report: Report = silent,
+    *,
+    lock_for: Sequence[str] = ("linux-64",),
+    warn: Callable[[str], object] = lambda notice: None,
+) -> Path:
     """Solves anew and writes the project's lock beside its declaration: ``conda-lock.yml`` for the platforms
-    ``lock_for``, or ``requirements.lock`` for all of them. Returns its path. Raises EnvironmentError_.
+    ``lock_for``, or ``requirements.lock`` for all of them. Returns its path; ``warn`` is told what the user should
+    know of it. Raises EnvironmentError_.
     """
     if not spec.kind:
         raise EnvironmentError_(
             "The project declares no environment that could be locked.",
             hint="Add a conda.yaml or a python_env.yaml and name it in the MLproject file.",
         )
+    for each in spec.warnings:
+        warn(each)
     root = root.absolute()
     lines = indexes.without_local(indexes.choose(spec.options.index_url, spec.packages.index_options))
     if spec.kind == "conda-lock":
@@ -274,7 +284,7 @@ def write_lock(spec: EnvSpec, root: Path, report: Report = silent, *, lock_for: 
         for platform in lock_for:
             platforms.require_known(platform)
         target = spec.folder / CONDA_LOCKS[0]
-        text = conda.lock(spec, list(lock_for), index_lines=lines, root=root, solving=solving)
+        text = conda.lock(spec, list(lock_for), index_lines=lines, root=root, solving=solving, warn=warn)
     else:
         from . import uv
 

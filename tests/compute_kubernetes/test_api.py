@@ -188,6 +188,23 @@ def test_a_cluster_of_the_same_address_is_another_one(kubeconfig: Path) -> None:
         Api.shared(**wanted, authority="0123456789abcdef")
 
 
+def test_of_two_clusters_of_one_address_the_one_that_is_meant_is_found(kubeconfig: Path) -> None:
+    document = json.loads(kubeconfig.read_text())
+    (here,) = document["clusters"]
+    other = {**here["cluster"], "certificate-authority-data": base64.b64encode(Authority().certificate).decode()}
+    document["clusters"].insert(0, {"name": "other", "cluster": other})
+    document["contexts"].insert(0, {"name": "other", "context": {"cluster": "other", "user": "here"}})
+    kubeconfig.write_text(json.dumps(document))
+    mine = Api.open(kubeconfig=str(kubeconfig), context="here").login
+    for context in ("other", "", "gone"):
+        login = Api.shared(
+            kubeconfig=str(kubeconfig), context=context, server=mine.server, authority=mine.authority
+        ).login
+        assert (login.context, login.authority) == ("here", mine.authority)
+    with pytest.raises(ComputeError, match="another cluster"):
+        Api.shared(kubeconfig=str(kubeconfig), context="other", server=mine.server, authority="0123456789abcdef")
+
+
 def test_a_pod_knows_its_cluster_by_its_authority() -> None:
     api = Api(Login("in-cluster", "", "https://10.96.0.1:443", "training", "aa"), None)
     api.require("https://prod.example.com", "aa")

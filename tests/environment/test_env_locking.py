@@ -67,6 +67,9 @@ def test_an_extra_of_what_conda_brings_is_not_left_out_in_silence(bench: Bench) 
     ref = bench.conda(f"python={PYTHON_MINOR}", "fruit", pip=("fruit[peeled]",)).lock()
     assert "peel" not in rows(ref)
     assert any("fruit[peeled]" in notice for notice in ref.notices)
+    told: list[str] = []
+    locking.write_lock(bench.load(), bench.root, lock_for=[SUBDIR], warn=told.append)
+    assert any("fruit[peeled]" in notice for notice in told)
 
 
 def test_a_pip_requirement_that_contradicts_conda_is_a_conflict_in_the_solvers_words(bench: Bench) -> None:

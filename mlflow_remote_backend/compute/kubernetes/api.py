@@ -144,12 +144,25 @@ class Api:
         key = (os.pathsep.join(_kubeconfig_files(kubeconfig)), context, server, authority)
         with _SHARED_LOCK:
             if key not in _SHARED:
-                login = (key[0], _context_of(kubeconfig, context, server))
-                if login not in _OPENED:
-                    _OPENED[login] = cls.open(kubeconfig=kubeconfig, context=login[1])
-                _OPENED[login].require(server, authority)
-                _SHARED[key] = _OPENED[login]
+                _SHARED[key] = cls._leading_to(kubeconfig, context, server, authority)
             return _SHARED[key]
+
+    @classmethod
+    def _leading_to(cls, kubeconfig: str, context: str, server: str, authority: str) -> Api:
+        """By the first context that does. Raises ComputeError of the first one that could not."""
+        refused: ComputeError | None = None
+        for candidate in _contexts_of(kubeconfig, context, server):
+            login = (os.pathsep.join(_kubeconfig_files(kubeconfig)), candidate)
+            try:
+                if login not in _OPENED:
+                    _OPENED[login] = cls.open(kubeconfig=kubeconfig, context=candidate)
+                _OPENED[login].require(server, authority)
+            except ComputeError as error:
+                refused = refused or error
+            else:
+                return _OPENED[login]
+        assert refused is not None
+        raise refused
 
     @property
     def requests(self) -> int:
@@ -451,14 +464,16 @@ _SHARED_LOCK = threading.Lock()
 # ------------------------------------------------------------------------------------------------------ logging in
 
 
-def _context_of(kubeconfig: str, context: str, server: str) -> str:
-    """The context to use: the named one if it leads to ``server``, else any that does, else the named one."""
+def _contexts_of(kubeconfig: str, context: str, server: str) -> list[str]:
+    """The contexts that may lead to ``server``, the named one first; that one if none is known to. Never empty.
+
+    Several clusters may have one address, and several users one cluster.
+    """
     if not server:
-        return context
+        return [context]
     servers = _servers(_kubeconfig_files(kubeconfig))
-    if servers.get(context) == server:
-        return context
-    return next((name for name, each in servers.items() if each == server), context if context in servers else "")
+    leading = [name for name, each in servers.items() if each == server]
+    return sorted(leading, key=lambda name: name != context) or [context if context in servers else ""]
 
 
 def _servers(files: Iterable[str]) -> dict[str, str]:
