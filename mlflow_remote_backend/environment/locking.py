@@ -51,10 +51,11 @@ def lock(
     if not spec.kind:
         return EnvironmentRef(manager=spec.manager)
     platforms.require_known(platform)
-    lines = indexes.choose(spec.options.index_url, spec.packages.index_options)
+    committed = _committed(spec)
+    declared = (*(committed.index_options if committed else ()), *spec.packages.index_options)
+    lines = indexes.choose(spec.options.index_url, tuple(dict.fromkeys(declared)))
     if elsewhere:
         lines = indexes.without_local(lines)
-    committed = _committed(spec)
     root = root.absolute()
     folder = root / "locks" / spec_key(spec, platform, lines, committed)
     ref = _read(folder)
@@ -315,6 +316,11 @@ class Committed:
     def includes(self) -> bool:
         """Whether it names further files, which are not where the job runs."""
         return self.file.name == "requirements.lock" and _INCLUDES.search(self.text) is not None
+
+    @property
+    def index_options(self) -> tuple[str, ...]:
+        """Where its packages are, as pip-compile writes it."""
+        return self.listed.index_options if self.file.name == "requirements.lock" else ()
 
     @property
     def listed(self) -> requirements.RequirementList:

@@ -19,7 +19,7 @@ from channel import PYTHON_MINOR, SUBDIR, CondaPackage, Entry, make_channel, toy
 from channel import index as index_channel
 from wheels import Index, git_repository, serving, source, wheel
 
-from mlflow_remote_backend.environment import activation, cache, hints, materialise, uv
+from mlflow_remote_backend.environment import activation, cache, hints, locking, materialise, uv
 from mlflow_remote_backend.errors import JobError
 from mlflow_remote_backend.job import EnvironmentRef
 
@@ -74,6 +74,18 @@ def test_activation_names_the_environment_and_nothing_of_another(bench: Bench, m
         "PYTHONHOME": "",
         "GREETING": "hello",
     }
+
+
+@pytest.mark.parametrize("line", ["--index-url {}", "-i {}", "--index-url={}"])
+def test_the_index_that_a_committed_lock_names_is_asked(bench: Bench, line: str) -> None:
+    written = locking.write_lock(bench.python_env("peel").load("uv"), bench.root)
+    written.write_text(f"{line.format(bench.index.url)}\n{written.read_text()}")
+    asked = len(bench.index.requests)
+    ref = bench.lock("uv", index_url=(), frozen=True)
+    assert len(bench.index.requests) == asked
+    prefix = materialise.materialise(ref, bench.root)
+    assert len(bench.index.requests) > asked
+    assert list(prefix.rglob("peel-*.dist-info"))
 
 
 def test_an_environment_that_is_there_costs_no_look_anywhere(bench: Bench, stock: EnvironmentRef) -> None:
