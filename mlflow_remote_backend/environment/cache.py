@@ -143,7 +143,7 @@ def _users(root: Path, lock_key: str) -> Path:
 def in_use(root: Path, lock_key: str) -> bool:
     """Whether a process says so (:func:`using`), or one on this machine was started in the environment."""
     folder = _users(root, lock_key)
-    if folder.is_dir() and any(_alive(file) for file in folder.iterdir()):
+    if any(_alive(file) for file in _children(folder)):
         return True
     return _started_here(prefix(root, lock_key))
 
@@ -244,27 +244,40 @@ def discard(root: Path, path: Path) -> None:
 
 def _prune_files(root: Path, older_than_s: float, *, dry_run: bool) -> tuple[int, int]:
     """Archives and locks by their last use, what killed tools left, and packages that no build has used for long."""
-    doomed = [
-        path
-        for pattern, age_s in (("archives/*", older_than_s), ("locks/*", older_than_s), ("tmp/*", LEFTOVER_S))
-        for path in root.glob(pattern)
-        if path.suffix not in (".lock", ".lease") and time.time() - _newest(path) >= age_s
-    ]
-    idle_s = time.time() - _modified(root / BUILDS)
+    files = freed = 0
+    idle = time.time() - _modified(root / BUILDS) >= older_than_s
     with lease.sharing(root / BUILDS, alone=True) as alone:
-        if alone and idle_s >= older_than_s:
-            doomed += [path for name in ("pkgs", "uv", "repodata") if (path := root / name).is_dir()]
-            doomed += _unused_pythons(root)
-        freed = sum(_size(path) if path.is_dir() else path.lstat().st_size for path in doomed)
-        for path in () if dry_run else doomed:
-            discard(root, path)
-    return len(doomed), freed
+        for path in _doomed(root, older_than_s, alone=alone, idle=idle):
+            with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+                freed += _size(path) if path.is_dir() else path.lstat().st_size
+                files += 1
+            if not dry_run:
+                discard(root, path)
+    return files, freed
+
+
+def _doomed(root: Path, older_than_s: float, *, alone: bool, idle: bool) -> Iterator[Path]:
+    """Each is judged when it is asked for, so that what is used while others are removed stays."""
+    archives = (("archives/*", older_than_s),) if alone else ()
+    for pattern, age_s in (*archives, ("locks/*", older_than_s), ("tmp/*", LEFTOVER_S)):
+        for path in list(root.glob(pattern)):
+            if path.suffix not in (".lock", ".lease") and time.time() - _newest(path) >= age_s:
+                yield path
+    if alone and idle:
+        yield from [path for name in ("pkgs", "uv", "repodata") if (path := root / name).is_dir()]
+        yield from _unused_pythons(root)
 
 
 def _newest(path: Path) -> float:
     """The last change of a file, or of a folder and what stands in it."""
-    children = path.iterdir() if path.is_dir() else ()
-    return max([_modified(path), *(_modified(child) for child in children)])
+    return max([_modified(path), *(_modified(child) for child in _children(path))])
+
+
+def _children(folder: Path) -> list[Path]:
+    """What stands in a folder; nothing if it is none, or vanishes just now."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
 
 
 def _unused_pythons(root: Path) -> list[Path]:

@@ -196,6 +196,57 @@ def test_packages_go_when_nothing_was_built_for_long_and_not_during_a_build(root
     assert not (root / "pkgs").exists()
 
 
+def test_archives_stay_during_a_build(root: Path) -> None:
+    (root / "archives/aa").mkdir(parents=True)
+    (root / "archives/aa/x.conda").write_text("x")
+    with lease.sharing(root / cache.BUILDS):
+        assert cache.prune(root, 0).files == 0
+    assert cache.prune(root, 0).files == 1
+
+
+def test_an_archive_used_while_others_are_removed_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("aa", "bb"):
+        (root / "archives" / name).mkdir(parents=True)
+        age(root / "archives" / name, 40 * DAY_S)
+    discard = cache.discard
+
+    def discard_while_others_are_used(root: Path, path: Path) -> None:
+        discard(root, path)
+        for other in (root / "archives").iterdir():
+            os.utime(other)
+
+    monkeypatch.setattr(cache, "discard", discard_while_others_are_used)
+    assert cache.prune(root).files == 1
+    assert len(list((root / "archives").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("gone", "look"),
+    [("archives/aa", "iterdir"), ("archives/file", "is_dir"), ("tmp/tool-x", "iterdir"), ("envs/old.users", "iterdir")],
+)
+def test_what_vanishes_while_it_is_looked_at_is_passed_over(
+    root: Path, monkeypatch: pytest.MonkeyPatch, gone: str, look: str
+) -> None:
+    """Somebody else prunes, or a tool's private folder goes with the tool."""
+    environment(root, "old", age_s=40 * DAY_S)
+    for name in ("archives/aa/x.conda", "archives/file", "tmp/tool-x/file", "envs/old.users/host-1"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    for folder in ("archives", "tmp", "envs/old.users"):
+        age(root / folder, 40 * DAY_S)
+    original = getattr(Path, look)
+
+    def look_too_late(path: Path) -> object:
+        if path == root / gone and os.path.lexists(path):
+            path.rename(root / "gone")
+        return original(path)
+
+    monkeypatch.setattr(Path, look, look_too_late)
+    done = cache.prune(root)
+    assert done.files == (3 if gone == "envs/old.users" else 2)
+    assert done.environments == ("old",)
+
+
 def test_a_pruned_environment_is_built_again(bench: Bench) -> None:
     ref = bench.python_env("peel").lock("uv")
     prefix = materialise.materialise(ref, bench.root)
