@@ -11,6 +11,7 @@ requests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -83,10 +84,14 @@ def _build_alone(ref: EnvironmentRef, root: Path, report: Report, python: Path |
             with lease.sharing(root / cache.BUILDS):
                 marker = _build(ref, prefix, root, report, python, compile_bytecode)
             held.check()
-        except lease.Lost:
+        except Exception:
+            held.check()  # what lies there may be somebody else's by now
+            cache.discard(root, prefix)
             raise
         except BaseException:
-            cache.discard(root, prefix)
+            with contextlib.suppress(lease.Lost):
+                held.check()
+                cache.discard(root, prefix)
             raise
         _write_marker(prefix, {**marker, "seconds": round(time.monotonic() - started_s, 3)})
     report(Progress("ready", detail=str(prefix)))

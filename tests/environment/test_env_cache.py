@@ -432,3 +432,26 @@ def test_a_builder_that_slept_through_its_lease_yields_to_the_one_that_took_over
     monkeypatch.setattr(materialise, "_build", slow)
     assert materialise.materialise(ref, bench.root) == cache.hit(bench.root, ref.lock_key)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("error", [OSError("the folder is not mine any more"), KeyboardInterrupt()])
+def test_a_builder_that_lost_its_lease_leaves_alone_what_the_one_that_took_over_has_built(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    ref = bench.python_env("peel").lock("uv")
+    build = materialise._build
+
+    def fails_late(*arguments: object) -> object:
+        monkeypatch.setattr(materialise, "_build", build)
+        lease_file = cache.prefix(bench.root, ref.lock_key).with_name(f"{ref.lock_key}.lease")
+        lease_file.write_text(json.dumps({"token": "theirs"}))
+        materialise._write_marker(prefix, build(*arguments))  # type: ignore[arg-type]
+        lease_file.unlink()
+        raise error
+
+    prefix = cache.prefix(bench.root, ref.lock_key)
+    monkeypatch.setattr(materialise, "_build", fails_late)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert materialise.materialise(ref, bench.root, bench.progress.append) == prefix
+    assert cache.hit(bench.root, ref.lock_key) == prefix
+    assert [progress.step for progress in bench.progress].count("installing") == 1
