@@ -64,12 +64,16 @@ def prepare(spec: JobSpec, place: Place) -> None:
         failed = {"reason": _reason(error), "message": error.what, "words": error.words, "hint": error.hint}
     except OSError as error:
         failed = {"reason": "BOOTSTRAP", "message": "The job could not be prepared.", "words": str(error), "hint": ""}
-    _spool(place).write_prepared(Prepared(failed, seconds))
+    if place.spool.parent.is_dir():  # else the job was cancelled, and has ended without us
+        _spool(place).write_prepared(Prepared(failed, seconds))
 
 
 def _spool(place: Place) -> Spool:
-    """The spool as whoever made it wants it shared; else a private one."""
-    return Spool(place.spool) if place.spool.is_dir() else Spool.create(place.spool)
+    """The spool as whoever made it wants it shared; else a private one. Makes no job's folder anew that is gone."""
+    if place.spool.is_dir():
+        return Spool(place.spool)
+    os.stat(place.spool.parent)
+    return Spool.create(place.spool)
 
 
 def _reason(error: RemoteError) -> str:
@@ -98,7 +102,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _project_folder(spec: JobSpec, place: Place) -> Path:
     if spec.in_place:
         return Path(spec.in_place)
-    place.work.parent.mkdir(parents=True, exist_ok=True)
     _empty(place.work)
     if place.archive is not None:
         return _unpack(spec, place, place.archive)
@@ -186,7 +189,8 @@ def _download(spec: JobSpec, place: Place, parameter: Parameter, uri: str) -> st
     folder = place.work.parent / "parameters"
     target = folder / parameter.name.replace(os.sep, "_")
     removal.delete(target)
-    target.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    target.mkdir()
     from mlflow.artifacts import download_artifacts
 
     try:

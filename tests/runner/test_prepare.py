@@ -14,11 +14,18 @@ from typing import Any
 
 import pytest
 
+from mlflow_remote_backend import removal
 from mlflow_remote_backend.job import EntryPoint, EnvironmentRef, JobSpec, RunRef, SnapshotRef
-from mlflow_remote_backend.runner import envelope
+from mlflow_remote_backend.runner import envelope, prepare
 from mlflow_remote_backend.runner.spool import Spool
 
 Preparing = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def job(uri: str, environment: EnvironmentRef) -> JobSpec:
+    run = RunRef("run", "0", "mlflow-artifacts:/0/run/artifacts", uri)
+    snapshot = replace(SnapshotRef("sha256:" + "0" * 64, 1), uri="mlflow-artifacts:/0/run/artifacts/snapshot.tar.gz")
+    return JobSpec(run, "submission", "project", EntryPoint("main", "true"), {}, snapshot, environment)
 
 
 @pytest.fixture
@@ -32,10 +39,7 @@ def silent_server() -> Iterator[socket.socket]:
 def preparing(tmp_path: Path, silent_server: socket.socket) -> Iterator[Preparing]:
     """``preparing(**environ)``: prepare, at work on a snapshot that a server does not hand out."""
     uri = f"http://127.0.0.1:{silent_server.getsockname()[1]}"
-    run = RunRef("run", "0", "mlflow-artifacts:/0/run/artifacts", uri)
-    snapshot = replace(SnapshotRef("sha256:" + "0" * 64, 1), uri="mlflow-artifacts:/0/run/artifacts/snapshot.tar.gz")
-    spec = JobSpec(run, "submission", "project", EntryPoint("main", "true"), {}, snapshot, EnvironmentRef("local"))
-    (tmp_path / "envelope.json").write_text(envelope.dump(spec))
+    (tmp_path / "envelope.json").write_text(envelope.dump(job(uri, EnvironmentRef("local"))))
     started: list[subprocess.Popen[bytes]] = []
 
     def start(**environ: str) -> subprocess.Popen[bytes]:
@@ -81,3 +85,25 @@ def test_a_submitter_of_another_release_is_told_what_to_do(preparing: Preparing,
     assert told["reason"] == "BOOTSTRAP"
     assert "the submitter 0.0.7" in told["message"]
     assert "mlflow-remote image build" in told["hint"]
+
+
+@pytest.mark.parametrize("step", ["before", "environment"])
+def test_what_a_cancelled_preparation_does_late_does_not_make_the_removed_folder_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder = tmp_path / "job"
+    archive = tmp_path / "archive"
+    archive.touch()
+
+    def remove(*_: object) -> dict[str, str]:
+        removal.delete(folder)
+        return {}
+
+    monkeypatch.setattr(prepare, "_unpack", lambda spec, place, archive: place.work)
+    Spool.create(folder / "spool")
+    if step == "before":
+        remove()
+    spec = job("http://127.0.0.1:9", EnvironmentRef("uv", lock_key="abc"))
+    place = prepare.Place(folder / "spool", folder / "work", tmp_path / "cache", {}, archive, make_environment=remove)
+    prepare.prepare(spec, place)
+    assert not folder.exists()
