@@ -28,14 +28,14 @@ def _msvcrt() -> types.ModuleType:
     import fcntl
 
     def locking(descriptor: int, mode: int, size: int) -> None:
-        assert (mode, size) == (2, 1)
+        assert (mode, size) in ((2, 1), (0, 1))
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if mode else fcntl.LOCK_UN)
         except BlockingIOError as error:
             raise PermissionError(*error.args) from None
 
     made = types.ModuleType("msvcrt")
-    made.LK_NBLCK, made.locking = 2, locking
+    made.LK_NBLCK, made.LK_UNLCK, made.locking = 2, 0, locking
     return made
 
 

@@ -39,10 +39,14 @@ class Busy(Exception):
 
 
 class Lease:
-    """Held by this process. ``check`` before each irreversible step: it raises Lost if somebody took over."""
+    """Held by this process. ``check`` before each irreversible step: it raises Lost if somebody took over.
 
-    def __init__(self, path: Path) -> None:
+    ``descriptors``: the open file with the file system's lock, where it has locks. Whoever inherits it keeps the lock.
+    """
+
+    def __init__(self, path: Path, descriptors: tuple[int, ...] = ()) -> None:
         self.path = path
+        self.descriptors = descriptors
         self.token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -107,8 +111,8 @@ def hold(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda:
             waiting()
 
     with _flock(path.with_name(path.name + ".lock"), tell) as locked:
-        lease = Lease(path.with_name(path.name + ".lease"))
-        _acquire(lease, tell, alone=locked)
+        lease = Lease(path.with_name(path.name + ".lease"), locked)
+        _acquire(lease, tell, alone=bool(locked))
         lease._start()
         try:
             yield lease
@@ -117,11 +121,17 @@ def hold(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda:
 
 
 @contextlib.contextmanager
-def _flock(path: Path, tell: Callable[[], None]) -> Iterator[bool]:
-    """The file system's lock; yields False where it has none."""
+def _flock(path: Path, tell: Callable[[], None]) -> Iterator[tuple[int, ...]]:
+    """The file system's lock; yields its descriptor, or nothing where there is none."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _lock(descriptor, tell)
+        if not _lock(descriptor, tell):
+            yield ()
+            return
+        try:
+            yield (descriptor,)
+        finally:
+            file_lock.unlock(descriptor)
     finally:
         os.close(descriptor)
 

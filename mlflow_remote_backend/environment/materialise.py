@@ -81,7 +81,7 @@ def _build_alone(ref: EnvironmentRef, root: Path, report: Report, python: Path |
         cache.discard(root, prefix)
         started_s = time.monotonic()
         try:
-            with lease.sharing(root / cache.BUILDS):
+            with lease.sharing(root / cache.BUILDS), tool.holding(*held.descriptors):
                 marker = _build(ref, prefix, root, report, python, compile_bytecode)
             held.check()
         except Exception:

@@ -1,7 +1,8 @@
 """The one door to other programs: uv, conda-lock and our own rattler helpers, run to their end in a private folder.
 
 A program gets an environment of known variables, no terminal and no standard input beyond what is passed; it and all
-its children are gone when :func:`run` returns or raises, whatever the reason.
+its children are gone when :func:`run` returns or raises, whatever the reason. Another thread makes it return by
+:class:`Work`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..errors import JobError
 
 #: Variables of uv that may shape a lock or an installation; all others are left out, so that a developer's settings
 #: (``UV_CONSTRAINT``, ``UV_NO_VERIFY_HASHES``, …) change neither.
@@ -46,12 +52,74 @@ class TimedOut(Exception):
         self.stderr = stderr
 
 
+class Ended(JobError):
+    """The work that a program was run for has been ended."""
+
+    def __init__(self) -> None:
+        super().__init__("The environment is not made any further: the job was stopped.", code="TERMINATED")
+
+
+class Work:
+    """The programs that a thread runs within :meth:`here`, for another thread to end."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        token = _work.set(self)
+        try:
+            yield
+        finally:
+            _work.reset(token)
+
+    def end(self) -> None:
+        """Kill what runs and let nothing more be started: :func:`run` raises Ended. Does not wait for the thread."""
+        with self._guard:
+            self._ended = True
+            for process in self._running:
+                if process.returncode is None:
+                    _kill(process)
+
+    @contextlib.contextmanager
+    def _program(self, argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+        with self._guard:
+            if self._ended:
+                raise Ended
+            process = subprocess.Popen(argv, **options)
+            self._running.add(process)
+        try:
+            yield process
+        finally:
+            with self._guard:
+                self._running.remove(process)
+        if self._ended:
+            raise Ended
+
+
+_work: ContextVar[Work | None] = ContextVar("work", default=None)
+_held: ContextVar[tuple[int, ...]] = ContextVar("held", default=())
+
+
+@contextlib.contextmanager
+def holding(*descriptors: int) -> Iterator[None]:
+    """The programs that this thread runs in the block hold these files open too, and with them the locks on them, even
+    if we are killed (not on Windows)."""
+    token = _held.set(descriptors if os.name == "posix" else ())
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
 def run(argv: Sequence[str], *, cwd: Path, environ: Mapping[str, str], timeout_s: float, stdin: str = "") -> Result:
-    """Runs a program to its end; blocks at most ``timeout_s`` seconds and a moment. Raises TimedOut or OSError.
+    """Runs a program to its end; blocks at most ``timeout_s`` seconds and a moment. Raises TimedOut, Ended or OSError.
 
     Any exception, KeyboardInterrupt included, kills the program's whole process group first.
     """
-    process = subprocess.Popen(
+    program = (_work.get() or Work())._program(
         list(argv),
         cwd=cwd,
         env=dict(environ),
@@ -61,16 +129,18 @@ def run(argv: Sequence[str], *, cwd: Path, environ: Mapping[str, str], timeout_s
         encoding="utf-8",
         errors="replace",
         start_new_session=os.name == "posix",
+        pass_fds=_held.get(),
     )
-    try:
-        stdout, stderr = process.communicate(stdin, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        raise TimedOut(timeout_s, _rest(process)) from None
-    except BaseException:
-        _kill(process)
-        process.wait()
-        raise
+    with program as process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            raise TimedOut(timeout_s, _rest(process)) from None
+        except BaseException:
+            _kill(process)
+            process.wait()
+            raise
     return Result(process.returncode, stdout, stderr)
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from ..environment import tool
 from ..errors import ComputeError
 from ..job import JobSpec, Phase
 from .prepare import Place, prepare
@@ -310,6 +311,7 @@ class _Job:
         self._starting = False
         self._deciding = threading.Lock()
         self._preparing: threading.Thread | None = None
+        self._tools = tool.Work()
 
     def begin(self) -> None:
         self._running = self._program.find(self.spec, self.folder)
@@ -326,7 +328,8 @@ class _Job:
         try:
             self.folder.say("preparing")
             place = self._program.place(self.spec, self.folder, self._start.environ)
-            prepare(self.spec, replace(place, caller_dir=self._start.caller_dir))
+            with self._tools.here():
+                prepare(self.spec, replace(place, caller_dir=self._start.caller_dir))
             done = self.spool.prepared() or Prepared()
             if not done.failed and self._may_start():
                 self._running = self._program.start(self.spec, self.folder, self._start)
@@ -381,6 +384,7 @@ class _Job:
         with contextlib.suppress(OSError):
             os.killpg(0, signal.SIGTERM)  # our own session; we ourselves ignore it
         if self._preparing is not None:
+            self._tools.end()  # they have sessions of their own
             self._preparing.join(PREPARE_LEAVES_S)
 
 

@@ -19,7 +19,7 @@ from channel import PYTHON_MINOR, SUBDIR, CondaPackage, Entry, make_channel, toy
 from channel import index as index_channel
 from wheels import Index, git_repository, serving, source, wheel
 
-from mlflow_remote_backend.environment import activation, cache, hints, locking, materialise, uv
+from mlflow_remote_backend.environment import activation, cache, hints, lease, locking, materialise, tool, uv
 from mlflow_remote_backend.errors import JobError
 from mlflow_remote_backend.job import EnvironmentRef
 
@@ -381,7 +381,7 @@ def test_an_environment_that_was_moved_is_no_environment(bench: Bench) -> None:
 BUILD = """
 import json, os, signal, sys
 from pathlib import Path
-from mlflow_remote_backend.environment import materialise
+from mlflow_remote_backend.environment import materialise, tool
 from mlflow_remote_backend.job import EnvironmentRef
 
 root, die_at = Path(sys.argv[1]), sys.argv[2]
@@ -395,6 +395,12 @@ def report(progress):
     if steps[-1] == die_at:
         die()
 
+def run_program(*arguments):
+    script = f"kill -9 {os.getpid()}; until [ -e stop ]; do sleep 0.05; done"
+    tool.run(["sh", "-c", script], cwd=root, environ=os.environ, timeout_s=60)
+
+if die_at == "program":
+    materialise._build = run_program
 if die_at == "marker":
     materialise._write_marker = lambda *arguments: die()
 if die_at == "renaming":
@@ -435,6 +441,39 @@ def test_a_builder_killed_at_any_step_leaves_nothing_that_looks_complete(
     assert not any(entry.complete for entry in cache.entries(bench.root))
     prefix = materialise.materialise(stock, bench.root)
     assert run(prefix, "import toyapp, fruit; toyapp.main()") == "toyapp 2.0"
+
+
+def test_a_killed_builders_program_is_waited_for_as_long_as_it_lives(bench: Bench) -> None:
+    """It goes on writing into the prefix."""
+    ref = bench.python_env("peel").lock("uv")
+    prefix = cache.prefix(bench.root, ref.lock_key)
+    with start_build(bench, ref, "program") as process:
+        assert process.wait(120) == -signal.SIGKILL
+    with pytest.raises(lease.Busy), lease.hold(prefix, wait=False):
+        pytest.fail("the program still runs")
+    (bench.root / "stop").touch()
+    assert run(materialise.materialise(ref, bench.root), "import peel; print(peel.__version__)") == "0.1"
+
+
+def test_what_a_program_has_started_in_the_background_holds_nothing_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = bench.python_env("peel").lock("uv")
+    prefix = cache.prefix(bench.root, ref.lock_key)
+    build = materialise._build
+    script = "setsid sh -c 'until [ -e stop ]; do sleep 0.05; done' > /dev/null 2>&1 < /dev/null &"
+
+    def leaves_one(*arguments: Any) -> Any:
+        tool.run(["sh", "-c", script], cwd=bench.root, environ=os.environ, timeout_s=60)
+        return build(*arguments)
+
+    monkeypatch.setattr(materialise, "_build", leaves_one)
+    materialise.materialise(ref, bench.root)
+    try:
+        with lease.hold(prefix, wait=False) as held:
+            held.check()
+    finally:
+        (bench.root / "stop").touch()
 
 
 def test_what_a_killed_builder_left_is_not_built_upon(bench: Bench) -> None:

@@ -22,7 +22,7 @@ from tracking_server import copy_database
 from mlflow_remote_backend import gc, submission, submission_folder
 from mlflow_remote_backend.compute import supervised
 from mlflow_remote_backend.compute.local import LocalCompute
-from mlflow_remote_backend.environment import cache
+from mlflow_remote_backend.environment import cache, materialise, tool
 from mlflow_remote_backend.errors import ComputeError, ConfigError
 from mlflow_remote_backend.runner import run_folder
 from mlflow_remote_backend.runner.run_folder import RunFolder, all_folders
@@ -462,6 +462,28 @@ def test_the_environment_of_a_running_job_is_in_use_for_whoever_shares_the_cache
     run.cancel()
     assert ended(run).status == "KILLED"
     until(lambda: cache.prune(tmp_path / "cache", 0.0).environments, 10, "the environment to be free")
+
+
+def test_a_cancel_while_the_environment_is_made_ends_the_program_that_makes_it(
+    sqlite_tracking, make_project, monkeypatch, tmp_path
+):
+    """Else it would go on writing into the prefix, which the next builder makes."""
+    monkeypatch.setenv("MLFLOW_REMOTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_REMOTE_SUPERVISOR", "fork")
+    script = "echo $$ > draft; mv draft pid; while :; do sleep 0.1; done"
+
+    def build(*_):
+        return tool.run(["sh", "-c", script], cwd=tmp_path, environ=os.environ, timeout_s=3600)
+
+    monkeypatch.setattr(materialise, "_build", build)
+    run = mlflow.projects.run(str(make_project("echo never")), backend="remote", env_manager="uv", synchronous=False)
+    until((tmp_path / "pid").exists, 60, "the program that makes the environment")
+    pid = int((tmp_path / "pid").read_text())
+    run.cancel()
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("KILLED", "CANCELLED")
+    until(lambda: not list(all_folders()), 30, "the folder removed")
+    assert not is_alive(pid)
 
 
 # -- this machine's disk is full ---------------------------------------------------------------------------------------
