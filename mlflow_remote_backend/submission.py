@@ -11,13 +11,14 @@ import dataclasses
 import json
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -104,6 +105,9 @@ class Submission:
 
 
 Say = Callable[[str], None]
+T = TypeVar("T")
+
+LEAVES_S = 5.0  # for packing and locking to put away what they are at, after one of them failed or a Ctrl-C
 
 
 def plan(order: Order, say: Say = lambda line: None) -> Plan:
@@ -178,9 +182,33 @@ def _pack_and_lock(
 
     if config.env_manager == "local":
         return pack(), lock()
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="submission") as pool:
-        packing, locking = pool.submit(pack), pool.submit(lock)
+    from .environment import tool
+
+    work = tool.Work()
+    (packer, packing), (locker, locking) = _beside(pack), _beside(work.here()(lock))
+    try:
         return packing.result(), locking.result()
+    except BaseException:
+        work.end()
+        raise
+    finally:
+        for each in (packer, locker):
+            each.join(LEAVES_S)
+
+
+def _beside(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
+    """In a thread that no process waits for before it ends, as it does for a pool's."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="submission", daemon=True)
+    thread.start()
+    return thread, future
 
 
 def _required(found: Project) -> list[str]:

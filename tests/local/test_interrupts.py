@@ -157,6 +157,23 @@ def test_ctrl_c_while_the_job_is_being_created_leaves_no_running_run(sqlite_trac
     assert (code, view.status) in {(130, "KILLED"), (0, "FINISHED")}, terminal.shown
 
 
+def test_ctrl_c_while_the_environment_is_solved_ends_the_solver(sqlite_tracking, make_project, at_terminal, tmp_path):
+    """It has a session of its own, where the terminal's signal does not come."""
+    solver = tmp_path / "solver"
+    solver.write_text(f"#!/bin/sh\ntouch {tmp_path}/solving\nwhile :; do sleep 0.1; done\n")
+    solver.chmod(0o755)
+    (tmp_path / "uv").mkdir()
+    (tmp_path / "uv/__init__.py").write_text(f"def find_uv_bin(): return {str(solver)!r}\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    terminal = at_terminal(make_project("echo never"), "--env-manager", "uv", PYTHONPATH=path)
+    until((tmp_path / "solving").exists, 60, "the solver")
+    terminal.ctrl_c()
+    assert terminal.exit_code() == 130, terminal.shown
+    assert "cancelled before the job existed" in terminal.shown
+    assert "Traceback" not in terminal.shown
+    assert not _any_run()
+
+
 def _any_run():
     return mlflow.search_runs(search_all_experiments=True, output_format="list")
 
