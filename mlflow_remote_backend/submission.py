@@ -26,6 +26,7 @@ from . import compute as computes
 from . import config as configuration
 from . import project, secret_scan, snapshot, submission_folder
 from .compute.base import Compute, JobHandle, Request, Secrets, bind
+from .compute.loopback import loopback_proxies
 from .compute.supervised import SupervisedCompute
 from .config import BackendConfig, CliContext
 from .errors import RemoteError, TrackingError
@@ -158,7 +159,12 @@ def _understand(order: Order, say: Say, stack: contextlib.ExitStack) -> tuple[Pl
     compute = computes.from_options(config.compute, spec.options)
     request = compute.render(spec)
     secrets = secrets_of(config, os.environ, locked)
-    notices = (*packed.warnings, *compute.check(request, secrets))
+    useless = useless_proxies(config, os.environ)
+    notices = (
+        *packed.warnings,
+        *([f"{', '.join(useless)} name a proxy on this machine's loopback; pods do not get them."] if useless else ()),
+        *compute.check(request, secrets),
+    )
     for notice in notices:
         say(notice)
     return Plan(found, config, packed, diff, request, notices, seconds), compute, secrets, tracking, own.owner
@@ -328,12 +334,21 @@ def secrets_of(config: BackendConfig, environ: Mapping[str, str], locked: Enviro
     environment's indexes and channels are addressed with. Raises EnvironmentError_: one of these is not set."""
     forwarded = {key: value for key, value in environ.items() if key.startswith(FORWARDED) and key not in NOT_FORWARDED}
     elsewhere = {key: value for key, value in forwarded.items() if key not in HERE_ONLY}
-    network = {key: environ[key] for key in NETWORK if key in environ}
+    useless = useless_proxies(config, environ)
+    network = {key: environ[key] for key in NETWORK if key in environ and key not in useless}
     of_program = forwarded if config.compute == "local" else elsewhere
     of_runner = elsewhere if config.compute == "kubernetes" else forwarded
     program = {**network, **of_program, **config.pass_env}
     runner = {**network, **of_runner, **_registry_credentials(config), **_index_credentials(config, locked)}
     return Secrets(program, runner)
+
+
+def useless_proxies(config: BackendConfig, environ: Mapping[str, str]) -> list[str]:
+    """Proxy variables that lead a pod to itself: those of a proxy on this machine's loopback. Docker tells them by its
+    network."""
+    if config.compute != "kubernetes":
+        return []
+    return loopback_proxies(environ)
 
 
 def _registry_credentials(config: BackendConfig) -> dict[str, str]:

@@ -43,7 +43,8 @@ GONE_LOOKS = 2  # a run must be missing twice before its program is stopped
 
 EXIT_RETRY = 75  # EX_TEMPFAIL: another attempt is to follow; the rules of a Kubernetes Job look for it
 EXIT_PENDING = 74  # EX_IOERR: something is not in the run
-TERMINATION_MESSAGE_BYTES = 4096  # Kubernetes' limit for one container
+#: Kubernetes cuts what is longer: 12 KiB for a pod, by equal shares of its containers, of which a cluster may add some.
+TERMINATION_MESSAGE_BYTES = 1024
 
 
 def observe(

@@ -2,6 +2,7 @@
 
 A part closes at 8 MiB, or once it is 60 s old and holds 256 KiB; a closed part is never uploaded again. The open one
 is uploaded as soon as a byte has waited for 10 s: at most every 10 s, and not at all while parts close faster.
+The index follows within 2 s, a long one within as many seconds as it has 8 KiB.
 ``logs/index.json`` lists the parts of all attempts in one sequence::
 
     {"version": 1, "parts": [{"path": "logs/std_log.txt", "attempt": 0, "offset": 0, "length": 8388608,
@@ -36,6 +37,7 @@ CLOSE_AGE_S = 60.0
 CLOSE_AGED_BYTES = 256 * 1024
 OPEN_EVERY_S = 10.0
 INDEX_EVERY_S = 2.0  # while parts close one after the other
+INDEX_BYTES_PER_S = 8192  # on average: a log of weeks has an index of megabytes, which then comes less often
 SMALLEST_LIMIT_BYTES = 64 * 1024  # a server that refuses even that as too large is not worth smaller pieces
 KEEP_BYTES = 64 * 1024 * 1024  # of the stored log stays in the spool for those who follow it there
 LITTLE_DISK_BYTES = 256 * 1024 * 1024  # with less free space nothing stored is kept
@@ -118,7 +120,6 @@ class LogUploader:
         if self._waiting_since is not None and now - self._waiting_since >= OPEN_EVERY_S:
             start = self._open_offset()
             self._store(start, self._spool.log.size() - start, closed=False)
-            self._index_due = now
         self._write_index_if_due(now_or_never=final)
         self._drop()
 
@@ -226,7 +227,8 @@ class LogUploader:
         written, document = list(self._parts), dump_index(self._parts)
         self._record.upload(document, INDEX)
         self.sent_bytes += len(document)
-        self._indexed, self._index_due = written, self._clock() + INDEX_EVERY_S
+        pause_s = max(INDEX_EVERY_S, len(document) / INDEX_BYTES_PER_S)
+        self._indexed, self._index_due = written, self._clock() + pause_s
 
     def _drop(self) -> None:
         """Free the spool of what is stored, but for a while's worth for those who follow it on this machine."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -227,6 +228,11 @@ class Spool:
 # --------------------------------------------------------------------------------------------------------------- log
 
 
+def _no_link(path: str, flags: int) -> int:
+    """The program can write here: what it links to, another container's files perhaps, is not its output."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
 class SpoolReader:
     """Reads the log while it grows. Safe for any number of readers; only one of them should drop."""
 
@@ -273,11 +279,14 @@ class SpoolReader:
         wanted = offset // SEGMENT_BYTES
         for segment in (wanted, 0) if wanted else (0,):
             try:
-                with open(self._path(segment), "rb", buffering=0) as file:
+                with open(self._path(segment), "rb", buffering=0, opener=_no_link) as file:
                     file.seek(offset - segment * SEGMENT_BYTES)
                     return file.read(size) or b""
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
         return b""
 
     def drop_before(self, offset: int) -> None:

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mlflow_remote_backend.compute.kubernetes.api import Api, Login
+from mlflow_remote_backend.compute.kubernetes.api import Api, ApiError, Login
 from mlflow_remote_backend.errors import ComputeError
 
 THREADS, TIMES = 16, 50
@@ -242,3 +242,105 @@ def test_the_clusters_proxy_is_used(kubeconfig: Path) -> None:
     kubeconfig.write_text(json.dumps(document))
     with pytest.raises(ComputeError, match="login cannot be read"):
         Api.open(kubeconfig=str(kubeconfig))
+
+
+# ------------------------------------------------------------------------------------------------------ login plugins
+
+PLUGIN = """
+import json, pathlib, sys
+calls = pathlib.Path(sys.argv[1])
+calls.write_text(calls.read_text() + ".")
+if calls.read_text() == "..":
+    sys.exit("the session is over, log in again")
+status = {"token": "token" + str(len(calls.read_text()))}
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}))
+"""
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """As an API server that knows one token, and lets nobody in without."""
+
+    protocol_version = "HTTP/1.1"
+    token = "token1"
+
+    def do_GET(self) -> None:
+        sent = self.headers.get("Authorization")
+        code = 200 if sent == f"Bearer {self.token}" else 401 if sent else 403
+        words = "" if sent else 'pods is forbidden: User "system:anonymous" cannot list resource "pods"'
+        body = json.dumps({"kind": "Status" if code >= 400 else "PodList", "message": words}).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Not of interest."""
+
+
+@pytest.fixture
+def plugin_login(tmp_path: Path) -> Iterator[Path]:
+    """A kubeconfig whose login plugin gives a new token each time, but for the second one."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "calls").write_text("")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    run = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": sys.executable,
+        "args": [str(tmp_path / "plugin.py"), str(tmp_path / "calls")],
+        "interactiveMode": "Never",
+    }
+    document = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "users": [{"name": "here", "user": {"exec": run}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "here"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(document))
+    try:
+        yield tmp_path / "kubeconfig"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_login_plugin_that_fails_once_does_not_make_us_nobody(
+    plugin_login: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client only logs that, and sends no login from then on; and nobody is refused by 403, not by 401."""
+    monkeypatch.setattr(Guarded, "token", "token1")
+    api = Api.open(kubeconfig=str(plugin_login))
+    assert api.get("/api/v1/pods").body["kind"] == "PodList"
+    monkeypatch.setattr(Guarded, "token", "token3")
+    with pytest.raises(ApiError, match=r"login plugin of context here(.|\n)*log in again") as failed:
+        api.get("/api/v1/pods", patience_s=0.0)
+    assert (failed.value.code, failed.value.status) == ("UNAUTHORIZED", 401)
+    assert api.get("/api/v1/pods").body["kind"] == "PodList"
+
+
+def test_a_login_plugin_that_fails_at_first_is_told_of(plugin_login: Path) -> None:
+    (plugin_login.parent / "calls").write_text(".")
+    with pytest.raises(ComputeError, match="login plugin of context here"):
+        Api.open(kubeconfig=str(plugin_login))
+
+
+def test_a_server_that_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch, plugin_login: Path) -> None:
+    asked = []
+
+    def busy(handler: Guarded) -> None:
+        asked.append(handler.path)
+        handler.send_response(429)
+        handler.send_header("Retry-After", "30")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    monkeypatch.setattr(Guarded, "do_GET", busy)
+    api = Api.open(kubeconfig=str(plugin_login))
+    for _ in range(3):
+        with pytest.raises(ApiError) as refused:
+            api.get("/api/v1/pods", patience_s=2.0)
+        assert (refused.value.status, refused.value.transient) == (429, True)
+        assert 20 < (refused.value.retry_after_s or 0) <= 30
+    assert len(asked) == 1

@@ -315,6 +315,70 @@ def test_why_an_image_cannot_be_pulled_is_asked_for_as_long_as_the_program_does_
         assert _needs_events(told(name), seen(name)) == wanted
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "etcdserver: request timed out",
+        "etcdserver: leader changed",
+        "Timeout: request did not complete within requested timeout - context deadline exceeded",
+        "the server is currently unable to handle the request",
+        "Post https://10.0.0.1:443/api/v1/pods: dial tcp 10.0.0.1:443: connect: connection refused",
+        'Internal error occurred: admission plugin "LimitRanger" failed to complete validation in 13s',
+        'pods "mlr-1-0-x" is forbidden: status unknown for quota: team, resources: limits.cpu',
+    ],
+)
+def test_a_cluster_that_cannot_make_a_pod_now_is_waited_for(words: str) -> None:
+    """The Job controller tries again by itself, whatever it was."""
+
+    def said(document: Document) -> None:
+        for event in document["events"]:
+            event["message"] = f"Error creating: {words}"
+
+    for later_s, fatal in ((0, False), (1801, True)):
+        found = told("quota-used-up", later_s, said).diagnosis
+        assert found is not None
+        assert (found.reason, found.fatal, words in found.words) == (Reason.REFUSED, fatal, True)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "patience_s"),
+    [
+        ("CreateContainerConfigError", "failed to sync secret cache: timed out waiting for the condition", 60),
+        ("CreateContainerError", "failed to reserve container name main_1: name main_1 is reserved for 5aa1", 300),
+        ("CreateContainerError", 'dial unix /run/containerd.sock: connect: connection refused"', 60),
+        ("CreateContainerError", "rpc error: code = Unavailable desc = error reading from server: EOF", 60),
+        ("ImageInspectError", 'Failed to inspect image "": rpc error: code = Unavailable', 600),
+    ],
+)
+def test_a_busy_or_restarting_node_is_waited_for(reason: str, words: str, patience_s: float) -> None:
+    def stuck(document: Document) -> None:
+        for each in document["pods"][0]["status"]["containerStatuses"]:
+            each["state"] = {"waiting": {"reason": reason, "message": words}}
+
+    began = seen("config-missing-key", change=stuck)
+    since = max(each.finished_at for each in objects.containers(began.pods[0]))
+    first = min([since, *(objects.event_first_time(each) for each in began.events)])
+    for after_s, fatal in ((1, False), (patience_s + 60, True)):
+        at = first if fatal else began.now
+        found = told("config-missing-key", at + after_s - began.now, stuck).diagnosis
+        assert found is not None
+        assert (found.fatal, found.patience_s) == (fatal, patience_s)
+
+
+def test_a_deadline_that_comes_before_its_pod_has_ended_waits_for_it() -> None:
+    """Before Kubernetes 1.31 the Job is Failed at once, and its sidecar still uploads."""
+
+    def over(document: Document) -> None:
+        failed = {"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "longer than specified"}
+        document["job"]["status"]["conditions"] = [failed]
+
+    ongoing = told("running", change=over)
+    assert (ongoing.phase, ongoing.gone) == (Phase.RUNNING, False)
+    ended = told("killed", change=over)
+    assert ended.diagnosis is not None
+    assert (ended.gone, ended.diagnosis.reason) == (True, Reason.TIMEOUT)
+
+
 def test_another_attempt_has_a_patience_of_its_own() -> None:
     starting = told("volume-missing-secret", change=second_attempt)
     assert (starting.phase, starting.attempt, starting.diagnosis) == (Phase.STARTING, 1, None)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pytest
 from namespaces import REGISTRY, Namespace, until
 
-from mlflow_remote_backend.compute.kubernetes import objects
+from mlflow_remote_backend.compute.kubernetes import names, objects, watch
+from mlflow_remote_backend.job import Diagnosis, Reason
 from mlflow_remote_backend.submitted_run import RemoteExecutionException, RemoteSubmittedRun, attach
 from mlflow_remote_backend.testing import Projects, artifact, ended, stored_log
 from mlflow_remote_backend.tracking import RunView
@@ -226,6 +228,28 @@ def test_a_pod_refused_after_submission_is_told(projects: Projects, namespace: N
     view = run.view()
     assert (view.status, view.tag("reason")) == ("FAILED", "REFUSED")
     assert "maximum memory usage per Container" in artifact(run.run_id, "logs/error.txt").decode()
+
+
+def test_a_clock_that_jumps_ends_no_job_that_waits(
+    projects: Projects, namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a night's sleep of the laptop: what is known is of yesterday, and the clock is of today."""
+    nowhere = with_options(projects, node_selector={"there-is": "none"})
+    run = nowhere.submit(nowhere.make("exit 0"))
+    compute, handle = run._compute, run._handle
+
+    def diagnosis() -> Diagnosis | None:
+        return compute.status(handle).diagnosis
+
+    until(lambda: (found := diagnosis()) and found.reason is Reason.UNSCHEDULABLE, 30, "it has no node")
+    until(lambda: watch.VIEWS.view(compute._api, namespace.name, names.job_name(run.run_id)).look("") is not None)
+    tomorrow = SimpleNamespace(time=lambda: time.time() + 86_400, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(watch, "time", tomorrow)
+    for _ in range(10):
+        found = diagnosis()
+        assert found is not None
+        assert (found.reason, found.fatal) == (Reason.UNSCHEDULABLE, False)
+    run.cancel()
 
 
 def test_a_queued_job_waits_without_complaint(projects: Projects, namespace: Namespace) -> None:

@@ -7,7 +7,6 @@ that no URI changes. That needs an engine on this machine. What cannot be reache
 
 from __future__ import annotations
 
-import ipaddress
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from urllib.request import url2pathname
 
 from ...errors import ConfigError
+from ..loopback import is_loopback, loopback_proxies
 
 HOST_GATEWAY = "host.docker.internal"  # what Docker Desktop calls the machine; elsewhere we add it where it is used
 _DATABASES = ("mysql", "mssql", "postgresql", "postgres")
@@ -96,17 +96,6 @@ def _way_out(parsed: urllib.parse.SplitResult, engine_here: bool) -> str:
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether the host means "this machine" to whoever asks. ``0.0.0.0`` does, on Linux."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
-
-
 def extra_hosts(tracking_uri: str) -> list[str]:
     """What the container must be told to resolve the tracking server's name."""
     host = urllib.parse.urlsplit(tracking_uri).hostname
@@ -114,8 +103,5 @@ def extra_hosts(tracking_uri: str) -> list[str]:
 
 
 def unusable_proxies(variables: Mapping[str, str], network: str) -> list[str]:
-    """Names of proxy variables that point at this machine's loopback, which means nothing in a container."""
-    proxies = {name: value for name, value in variables.items() if name.lower() in ("http_proxy", "https_proxy")}
-    if network == "host":
-        return []
-    return [name for name, value in proxies.items() if is_loopback(urllib.parse.urlsplit(value).hostname or "")]
+    """Names of proxy variables that mean nothing in a container of that network."""
+    return [] if network == "host" else loopback_proxies(variables)

@@ -42,6 +42,7 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _DEFECTIVE_CLIENTS = ("36.0.0", "36.0.1", "36.0.2")
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]+")
+_ANONYMOUS = 'User "system:anonymous"'
 _USERINFO = re.compile(r"://[^/@\s]+@")
 
 
@@ -125,6 +126,7 @@ class Api:
     kubeconfig: str = ""
     _throttle: Throttle = field(default_factory=Throttle, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _leave_at: float = field(default=0.0, repr=False)  # monotonic: when the server takes requests again
 
     @classmethod
     def open(cls, *, kubeconfig: str = "", context: str = "") -> Api:
@@ -333,6 +335,7 @@ class Api:
         """The raw response of a 2xx answer. An expired login is renewed once. Raises ApiError."""
         for renewed in (False, True):
             client = self._client
+            self._wait_for_leave(method, path)
             self._throttle.take()
             try:
                 return client.request(
@@ -347,17 +350,37 @@ class Api:
                 )
             except Exception as error:
                 failure = self._failure(method, path, error)
+                if failure.status == 429 and failure.retry_after_s:
+                    self._leave_at = time.monotonic() + min(failure.retry_after_s, MAX_RETRY_AFTER_S)
                 if failure.status != 401 or renewed:
                     raise failure from error
             self._renew(client)
         raise AssertionError("unreachable")
 
+    def _wait_for_leave(self, method: str, path: str) -> None:
+        """Raise ApiError as long as the server has asked to be left alone, whoever of us it told so."""
+        left_s = self._leave_at - time.monotonic()
+        if left_s > 0:
+            words = f"it has asked not to be asked for {left_s:.0f} s more"
+            raise self._error(method, path, 429, words=words, transient=True, retry_after_s=left_s)
+
     def _renew(self, stale: Any) -> None:
+        """Raises ApiError, and keeps the old login, where there is no new one now."""
         with self._lock:
-            if self._client is stale:  # else another thread has renewed it meanwhile
-                self._client, _ = _connect(
-                    self.kubeconfig, "" if self.login.source == "in-cluster" else self.login.context
-                )
+            if self._client is not stale:
+                return  # another thread has renewed it meanwhile
+            context = "" if self.login.source == "in-cluster" else self.login.context
+            try:
+                self._client, _ = _connect(self.kubeconfig, context)
+            except ComputeError as error:
+                raise ApiError(
+                    error.what,
+                    words=error.words,
+                    hint=error.hint,
+                    code="UNAUTHORIZED",
+                    status=401,
+                    reason="Unauthorized",
+                ) from error
 
     # ---------------------------------------------------------------------------------------------- errors
 
@@ -370,6 +393,11 @@ class Api:
         details = body.get("details") or {}
         words = str(body.get("message") or getattr(error, "reason", "") or f"HTTP {status}")
         reason = str(body.get("reason") or "")
+        if int(status) == 403 and _ANONYMOUS in words:
+            status, reason = (
+                401,
+                "Unauthorized",
+            )  # we never mean to be nobody: the login was not sent, or not understood
         # Somebody changed the object meanwhile; a DELETE conflicts only with its own precondition, for good.
         conflict = status == 409 and reason == "Conflict" and method != "DELETE"
         transient = status in _TRANSIENT_STATUS or conflict
@@ -557,6 +585,7 @@ def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
                 hint=f"Name one in kubernetes.context: {', '.join(sorted(str(each['name']) for each in contexts))}.",
             )
         _load_with_timeout(files, chosen["name"], configuration)
+        _require_credentials(merged, chosen, configuration)
         cluster = merged["clusters"].get_with_name(chosen["context"]["cluster"]).value["cluster"]
         configuration.proxy = cluster.get("proxy-url") or configuration.proxy  # which client 36 leaves out
         connected, authority = _client(configuration), _authority(configuration)
@@ -566,6 +595,23 @@ def _connect_by_kubeconfig(files: str, context: str) -> tuple[Any, Login]:
         raise ComputeError(f"The cluster's login cannot be read: {place}.", words=redact(str(error))) from error
     namespace = chosen["context"].get("namespace") or "default"
     return connected, Login(files, chosen["name"], without_userinfo(configuration.host), namespace, authority)
+
+
+def _require_credentials(merged: Any, chosen: Any, configuration: Any) -> None:
+    """Raise ComputeError where the login's plugin has failed: the client only logs that, and goes on as nobody."""
+    name = chosen["context"].get("user")
+    listed = [each.value for each in merged["users"].value or ()] if "users" in merged else []
+    user = next((each.get("user") or {} for each in listed if each["name"] == name), {})
+    plugin = user.get("exec")
+    if not plugin or configuration.cert_file or configuration.api_key or configuration.username:
+        return
+    command = " ".join(map(str, (plugin.get("command"), *(plugin.get("args") or ()))))
+    raise ComputeError(
+        f"The login plugin of context {chosen['name']} gave no credentials.",
+        words=redact(command),
+        hint=f"See what it says: kubectl --context {chosen['name']} get pods. You may have to log in again.",
+        code="UNAUTHORIZED",
+    )
 
 
 def _authority(configuration: Any) -> str:

@@ -17,6 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ComputeError, ConfigError
@@ -35,9 +36,21 @@ from .watch import VIEWS
 
 STATUS_PATIENCE_S = 2.0
 SUBMIT_PATIENCE_S = 60.0
-EVENTS_EVERY_S = 3.0
+EVENTS_EVERY_S = 3.0  # at first, while nothing moves
+EVENTS_AT_LEAST_EVERY_S = 15.0
+READ_EVERY_S = 1.0  # of a followed job, while there are no watches to be believed
 SEEN_S = 2.0  # how long the log relies on what status saw
 CANCEL_MARGIN_S = 30.0  # beyond the grace period, until cancel returns all the same
+
+
+@dataclass(frozen=True)
+class _Events:
+    """A job's events as they were read while it was in ``state``, and when they are to be read again."""
+
+    state: tuple[Phase, tuple[str, ...]]
+    found: list[dict[str, Any]]
+    pause_s: float
+    due_at: float
 
 
 class KubernetesCompute:
@@ -67,7 +80,8 @@ class KubernetesCompute:
         self._api: Api | None = None
         self._seen: dict[str, tuple[float, Observation]] = {}  # handle -> what status saw last, and when
         self._logs: dict[str, LiveLog] = {}
-        self._events: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # Job uid -> when read, its events
+        self._events: dict[str, _Events] = {}  # by the Job's uid
+        self._read_lately: dict[str, tuple[float, Observation]] = {}  # handle -> when it was read while followed
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> KubernetesCompute:
@@ -108,6 +122,8 @@ class KubernetesCompute:
         secrets = _with_copied(request.spec, secrets)
         notices = self._pin(self._built(request.spec, secrets))
         built = self._built(request.spec, secrets)
+        # That they fit into one Secret; only the values tell.
+        manifest.secret(built, preflight.NO_UID, envelope.dump(request.spec), secrets.program, secrets.runner)
         checked = preflight.check(api, self._namespace_of(api), request.spec, built, secrets)
         return (*built.warnings, *notices, *checked)
 
@@ -137,15 +153,17 @@ class KubernetesCompute:
         if preflight.PATCH_JOBS in preflight.missing_rights(api, self._namespace_of(api)):
             built = manifest.released(built)
         job = self._create_job(api, built)
-        wire = envelope.dump(request.spec)
+        queue = str(request.spec.options.get("queue") or objects.label(job, names.QUEUE))
+        if queue and not request.spec.options.get("queue"):  # the cluster has put the job into its default queue
+            built = dataclasses.replace(built, release={"metadata": built.release["metadata"]})
+        wire = envelope.dump(_in_queue(request.spec, queue))
         secret = manifest.secret(built, objects.uid(job), wire, secrets.program, secrets.runner)
         _create(api, f"/api/v1/namespaces/{self._namespace_of(api)}/secrets", secret, lambda: secret)
         if not objects.annotation(job, names.RELEASED):
             path = f"{self._jobs_path(api)}/{built.name}"
             api.patch(path, built.release, patience_s=SUBMIT_PATIENCE_S)
-        queued = bool(request.spec.options.get("queue"))
         url, image = self.handle_url(request.spec), manifest.main_digest(built)
-        return JobHandle(url, objects.uid(job), image, queued=queued)
+        return JobHandle(url, objects.uid(job), image, queued=bool(queue))
 
     def _built(self, spec: JobSpec, secrets: Secrets) -> Manifest:
         program = tuple(sorted({*spec.secret_names, *manifest.copied_variables(spec), *secrets.program}))
@@ -170,19 +188,24 @@ class KubernetesCompute:
     def status(self, handle: JobHandle) -> JobStatus:
         api = self._connected()
         address = Address.parse(handle.url)
-        seen = self._observe(api, address, handle)
-        status = diagnosis.assess(seen)
-        if status.gone:  # proof is what the API says now, not what a watch said a moment ago
+        status, seen = self._assessed(api, address, self._observe(api, address, handle))
+        if status.gone or (status.diagnosis is not None and status.diagnosis.fatal):
+            # What ends a run is what the API says now, not what a watch said a moment, or a night's sleep, ago.
             before, seen = seen, self._read(api, address, handle.uid)
             if seen.job is None and not seen.pods:
                 seen = dataclasses.replace(seen, namespace_terminating=_is_ending(api, address.namespace))
-            status = diagnosis.assess(seen)
+            status, seen = self._assessed(api, address, seen)
             status = _with_memory(status, seen, self._seen.get(handle.url, (0.0, before))[1])
-        if _needs_events(status, seen):
-            seen = dataclasses.replace(seen, events=self._events_of(api, address, seen))
-            status = diagnosis.assess(seen)
         self._seen[handle.url] = (time.monotonic(), seen)
         return self._with_last_word(handle, status)
+
+    def _assessed(self, api: Api, address: Address, seen: Observation) -> tuple[JobStatus, Observation]:
+        """The status, and what it was made of: events too, where they may tell why nothing moves."""
+        status = diagnosis.assess(seen)
+        if not _needs_events(status, seen):
+            return status, seen
+        seen = dataclasses.replace(seen, events=self._events_of(api, address, seen, status.phase))
+        return diagnosis.assess(seen), seen
 
     def _with_last_word(self, handle: JobHandle, status: JobStatus) -> JobStatus:
         """The sidecar's last frame tells of the end seconds before the API does."""
@@ -198,6 +221,12 @@ class KubernetesCompute:
             if looked is not None:
                 job, pods, server_time = looked
                 return Observation(job, pods, now=server_time, uid=handle.uid)
+            read_at, held = self._read_lately.get(handle.url, (0.0, None))
+            if held is not None and time.monotonic() - read_at < READ_EVERY_S:
+                return held
+            held = self._read(api, address, handle.uid)
+            self._read_lately[handle.url] = (time.monotonic(), held)
+            return held
         return self._read(api, address, handle.uid)
 
     def _read(self, api: Api, address: Address, uid: str) -> Observation:
@@ -215,12 +244,17 @@ class KubernetesCompute:
                 raise
         return Observation(job, pods, now=page.server_time or time.time(), uid=uid)
 
-    def _events_of(self, api: Api, address: Address, seen: Observation) -> list[dict[str, Any]]:
-        """Events of the Job and its pods, read every few seconds; none where they may not be read."""
+    def _events_of(self, api: Api, address: Address, seen: Observation, phase: Phase) -> list[dict[str, Any]]:
+        """Events of the Job and its pods; none where they may not be read.
+
+        Read every few seconds, and less and less often while nothing moves: each is a read of the cluster's database.
+        """
         key = seen.uid or address.url
-        read_at, held = self._events.get(key, (-EVENTS_EVERY_S, []))
-        if time.monotonic() - read_at < EVENTS_EVERY_S:
-            return held
+        state = (phase, tuple(map(objects.uid, seen.pods)))
+        before = self._events.get(key)
+        now = time.monotonic()
+        if before is not None and before.state == state and now < before.due_at:
+            return before.found
         found: list[dict[str, Any]] = []
         things = [each for each in (seen.job, *seen.pods) if each is not None]
         for thing in things[:4]:
@@ -230,7 +264,9 @@ class KubernetesCompute:
                     patience_s=0.0,
                     fieldSelector=f"involvedObject.uid={objects.uid(thing)}",
                 )[0]
-        self._events[key] = (time.monotonic(), found)
+        unchanged = before is not None and before.state == state
+        pause_s = min(before.pause_s * 1.5, EVENTS_AT_LEAST_EVERY_S) if before and unchanged else EVENTS_EVERY_S
+        self._events[key] = _Events(state, found, pause_s, now + pause_s)
         return found
 
     # ------------------------------------------------------------------------------------------------------ logs
@@ -347,6 +383,11 @@ def _is_ending(api: Api, namespace: str) -> bool:
     except ApiError as error:
         return error.status == 404
     return (found.get("status") or {}).get("phase") == "Terminating"
+
+
+def _in_queue(spec: JobSpec, queue: str) -> JobSpec:
+    """As the runner has to know it: a queue may take the job back."""
+    return dataclasses.replace(spec, options={**spec.options, "queue": queue}) if queue else spec
 
 
 def _with_copied(spec: JobSpec, secrets: Secrets) -> Secrets:

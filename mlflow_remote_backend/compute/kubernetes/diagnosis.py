@@ -122,9 +122,14 @@ def _noting_deletion(status: JobStatus, job: Raw) -> JobStatus:
 
 def _finished(seen: Observation, job: Raw) -> JobStatus:
     """The Job's terminal condition: since Kubernetes 1.31 set only after all pods have ended."""
-    if seen.pods:
-        return dataclasses.replace(_ended(seen.pods[0]), gone=True)
     failed = objects.condition(job, "Failed") if objects.holds(job, "Failed") else None
+    if seen.pods and not objects.ended(seen.pods[0]):
+        return _of_pod(seen, seen.pods[0], Patience.of(job))
+    if seen.pods:
+        ended = dataclasses.replace(_ended(seen.pods[0]), gone=True)
+        if failed is None or failed.get("reason") != "DeadlineExceeded":
+            return ended
+        return dataclasses.replace(ended, diagnosis=_better(ended.diagnosis, _job_failure(failed)))
     if failed is None:
         found = Diagnosis(Reason.FINALIZE_INCOMPLETE, "The program ended well, but its run was not finalised.")
         return JobStatus(Phase.DONE, found, exit_code=0, gone=True)

@@ -52,7 +52,15 @@ ATTEMPT_FIELD = f"metadata.annotations['{names.ATTEMPT}']"
 RETRY_EXIT_CODE = 75
 #: Slack between the fences for time: each next one only matters where the one before it failed.
 POD_SLACK_S = 60
-JOB_SLACK_S = 300
+JOB_SLACK_S = 7 * 86_400  # this clock runs while the pod waits for a node, too: a healthy job must not be cut short
+
+#: For who would move the pod to save a node: the cluster autoscaler, and Karpenter. Both leave it until it has ended.
+LEFT_IN_PEACE = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
+#: conda's platforms as nodes are labelled.
+PROCESSORS = {"linux-64": "amd64", "linux-aarch64": "arm64", "linux-ppc64le": "ppc64le", "linux-s390x": "s390x"}
 
 #: Annotations that differ between two jobs of the same kind.
 IDENTITY_ANNOTATIONS = (names.RUN_ID, names.SUBMISSION_ID, names.SNAPSHOT, names.ENVELOPE)
@@ -123,10 +131,10 @@ def build(spec: JobSpec, secret_names: SecretNames, envelope: str) -> Manifest:
                 "metadata": {
                     "labels": labels,
                     "annotations": {
+                        **LEFT_IN_PEACE,
+                        "kubectl.kubernetes.io/default-container": MAIN,
                         **spec.annotations,
                         names.RUN_ID: spec.run.run_id,
-                        "kubectl.kubernetes.io/default-container": MAIN,
-                        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
                     },
                 },
                 "spec": pod,
@@ -146,7 +154,7 @@ def secret(
     values = {f"program.{name}": value for name, value in program.items()}
     values |= {f"runner.{name}": value for name, value in runner.items()}
     data = {ENVELOPE_FILE: _encoded(envelope), **{name: _base64(value.encode()) for name, value in values.items()}}
-    size_bytes = sum(map(len, data.values())) * 3 // 4
+    size_bytes = sum(map(len, data.values())) * 3 // 4  # of base64's
     if size_bytes > MAX_SECRET_BYTES:
         raise ConfigError(
             f"The job's description and its secret variables have {size_bytes} bytes; a Secret of Kubernetes holds "
@@ -310,14 +318,17 @@ def _pod(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str
         "containers": [_main(spec, secret_names, secret_name)],
         "volumes": _volumes(spec, secret_name),
     }
-    return pod | scheduling(options)
+    return pod | scheduling(options, spec.environment.platform)
 
 
-def scheduling(options: Mapping[str, Any]) -> dict[str, Any]:
+def scheduling(options: Mapping[str, Any], platform: str = "") -> dict[str, Any]:
+    """``platform``: that of a locked environment, which runs on nodes of its kind only. The user's words win."""
+    here = {"kubernetes.io/os": "linux"}
+    here |= {"kubernetes.io/arch": PROCESSORS[platform]} if platform in PROCESSORS else {}
     wanted = {
         "serviceAccountName": options.get("service_account"),
         "imagePullSecrets": [{"name": name} for name in options.get("image_pull_secrets") or ()],
-        "nodeSelector": dict(options.get("node_selector") or {}),
+        "nodeSelector": {**here, **(options.get("node_selector") or {})},
         "tolerations": list(options.get("tolerations") or ()),
         "affinity": options.get("affinity"),
         "priorityClassName": options.get("priority_class"),
@@ -605,7 +616,7 @@ def container_security(options: Mapping[str, Any], *, read_only_root: bool) -> d
         "readOnlyRootFilesystem": read_only_root,
     }
     if options.get("security") == "image":  # the pod says nothing then, and our own containers stay restricted
-        context |= {"runAsNonRoot": True, "runAsUser": DEFAULT_USER}
+        context |= {"runAsNonRoot": True, "runAsUser": _user(options) or DEFAULT_USER}
     return context
 
 

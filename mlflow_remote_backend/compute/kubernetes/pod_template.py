@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...job import JobSpec
-from .manifest import MAIN, Manifest, named_image
+from .manifest import LEFT_IN_PEACE, MAIN, Manifest, named_image
 
 KEY = "kubernetes.pod_template"
 MAX_BYTES = 1 << 20
@@ -144,7 +144,8 @@ def _applied(template: PodTemplate, spec: JobSpec, built: Manifest) -> Manifest:
 
 def _merge_metadata(ours: Document, theirs: Mapping[str, Any]) -> None:
     for kind in ("labels", "annotations"):
-        ours[kind] = {**(theirs.get(kind) or {}), **ours.get(kind, {})}
+        named = theirs.get(kind) or {}
+        ours[kind] = {**named, **ours.get(kind, {}), **{key: named[key] for key in LEFT_IN_PEACE if key in named}}
 
 
 def _merge_pod(template: PodTemplate, ours: Document) -> Document:

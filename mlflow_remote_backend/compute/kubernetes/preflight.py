@@ -25,11 +25,12 @@ from ...errors import ComputeError, ConfigError
 from ...job import JobSpec, Reason
 from ..base import Secrets
 from . import images, manifest, names, waiting
-from .api import Api, ApiError
+from .api import Answer, Api, ApiError
 from .images import Pinned
 from .manifest import Manifest
 
 PATIENCE_S = 10.0
+NO_UID = "00000000-0000-0000-0000-000000000000"
 REMEMBERED_S = 60.0  # many submissions of one process ask the same questions
 
 #: verb, group, resource: without them no job can run.
@@ -290,9 +291,9 @@ def _identities(job: Mapping[str, Any]) -> list[str]:
 
 
 def _ask_dry(api: Api, namespace: str, built: Manifest, secrets: Secrets, *, pods: bool) -> tuple[str, ...]:
-    secret = manifest.secret(built, "00000000-0000-0000-0000-000000000000", "{}", {}, {})
+    secret = manifest.secret(built, NO_UID, "{}", {}, {})
     notices: list[str] = []
-    warnings = _create_dry(api, f"/apis/batch/v1/namespaces/{namespace}/jobs", built.job, "Job")
+    warnings = _create_dry(api, f"/apis/batch/v1/namespaces/{namespace}/jobs", built.job, "Job").warnings
     _create_dry(api, f"/api/v1/namespaces/{namespace}/secrets", secret, "Secret")
     if pods:
         warnings = ()  # the pod itself tells
@@ -300,13 +301,14 @@ def _ask_dry(api: Api, namespace: str, built: Manifest, secrets: Secrets, *, pod
     return (*notices, *(f"Kubernetes warns: {each}" for each in warnings))
 
 
-def _create_dry(api: Api, path: str, body: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+def _create_dry(api: Api, path: str, body: Mapping[str, Any], kind: str) -> Answer:
+    """The answer; an empty one where it does not tell whether the object would be taken."""
     try:
         asked = {"dryRun": "All", "fieldValidation": "Warn"}
-        return api.create(path, body, patience_s=PATIENCE_S, repeatable=True, **asked).warnings
+        return api.create(path, body, patience_s=PATIENCE_S, repeatable=True, **asked)
     except ApiError as error:
         if error.reason == "AlreadyExists" or error.transient:
-            return ()
+            return Answer({})
         if "NamespaceTerminating" in error.causes:
             raise _refused(kind, error, Reason.NAMESPACE_TERMINATING) from error
         if error.status == 404 and "namespaces" in error.words:
@@ -323,19 +325,52 @@ def _refused(kind: str, error: ApiError, reason: Reason) -> ComputeError:
 def _create_pod_dry(api: Api, namespace: str, built: Manifest) -> list[str]:
     """The pod as the Job controller would make it. A quota that is only used up now is no refusal: the job waits."""
     template = built.job["spec"]["template"]
+    metadata = template["metadata"]
+    labels = {**metadata["labels"], names.JOB_NAME: built.name, names.JOB_UID: NO_UID}
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {**template["metadata"], "name": f"{built.name}-0-xxxxx"},
+        "metadata": {
+            **metadata,
+            "name": f"{built.name}-0-xxxxx",
+            "labels": labels,
+            "ownerReferences": [controller("batch/v1", "Job", built.name)],
+        },
         "spec": template["spec"],
     }
     try:
-        _create_dry(api, f"/api/v1/namespaces/{namespace}/pods", pod, "Pod")
+        answer = _create_dry(api, f"/api/v1/namespaces/{namespace}/pods", pod, "Pod")
     except ComputeError as error:
         if error.code == Reason.QUOTA.value and quota_may_pass(error.words):
             return [f"the namespace's quota has no room now, so the job will wait: {error.words}"]
         raise
-    return []
+    return _injected(pod, answer.body)
+
+
+def _injected(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> list[str]:
+    """A notice for each container that the cluster adds beside the program: it keeps the pod after the program's end,
+    and is not there yet while the environment is made."""
+    ours = {each["name"] for each in asked["spec"]["containers"]}
+    found = [str(each.get("name")) for each in (answered.get("spec") or {}).get("containers") or ()]
+    return [
+        f"the cluster adds container {name} to the pod: if it does not end by itself, the pod stays after the program "
+        "has ended, with its resources; if it carries the pod's network, there is none before it starts. Have it "
+        "injected as a native sidecar, or switch that off by `labels` or `annotations`"
+        for name in found
+        if name not in ours
+    ]
+
+
+def controller(version: str, kind: str, name: str) -> dict[str, Any]:
+    """Whose pod a dry run asks for: policies forbid pods of nobody."""
+    return {
+        "apiVersion": version,
+        "kind": kind,
+        "name": name,
+        "uid": NO_UID,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
 
 
 _QUOTA_AMOUNTS = re.compile(r"requested: (?P<requested>[^:]*), used: (?P<used>[^:]*), limited: (?P<limited>.*)")

@@ -17,12 +17,13 @@ from .objects import Container, Observation, Patience, Raw
 
 IMAGE_GRACE_S = 30.0  # an image that does not exist, or is not ours to pull: pushes and secrets may be on their way
 CONFIG_GRACE_S = 60.0  # a Secret that is not visible yet; "context deadline exceeded" of a busy node
+RESERVED_GRACE_S = 300.0  # the runtime is still at an earlier try to create the same container
 MISSING_VOLUME_GRACE_S = 120.0  # a Secret, ConfigMap or claim that a volume needs and that does not exist
 SILENT_CREATION_S = 60.0  # how long a container may be created before its pod's warnings are worth telling
 
 #: Container states in which an image is the trouble (kubelet: pkg/kubelet/images/types.go, cri-api errors.go).
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "SignatureValidationFailed")
-_IMAGE_NEVER = ("InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "SignatureValidationFailed")
+_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError")
+_IMAGE_NEVER = ("InvalidImageName", "ErrImageNeverPull", "SignatureValidationFailed")
 _CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError")
 _VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "VolumeResizeFailed", "FailedBinding")
 _NODE_EVENTS = ("FailedCreatePodSandBox", "NetworkNotReady", "FailedSync")
@@ -37,9 +38,21 @@ _IMAGE_PASSING = re.compile(
     r"|too many requests|toomanyrequests|\b429\b|\b50[0-4]\b|QPS exceeded|unavailable|EOF|TLS handshake|i/o",
     re.IGNORECASE,
 )
-_CONFIG_PASSING = re.compile(r'deadline exceeded|subPath|(secret|configmap) ".*" not found', re.IGNORECASE)
+#: What the kubelet and the runtime say of a busy or restarting node, and repeat until it works: kubernetes 117972,
+#: containerd 4604.
+_CONFIG_PASSING = re.compile(
+    r"deadline exceeded|timed out|failed to sync|context canceled|connection refused|code = Unavailable"
+    r'|subPath|(secret|configmap) ".*" not found',
+    re.IGNORECASE,
+)
+_CONFIG_RESERVED = re.compile(r"name .* is reserved", re.IGNORECASE)
 _MISSING = re.compile(r'(secret|configmap|persistentvolumeclaim) "[^"]*" (is )?not found', re.IGNORECASE)
 _QUOTA_RACE = re.compile(r"Operation cannot be fulfilled on resourcequotas|quota evaluation timed out", re.IGNORECASE)
+#: What an API server says of the pod itself. All else, of itself or of what stands behind it, passes.
+_POD_REFUSED = re.compile(
+    r"is forbidden(?!: status unknown for quota)|is invalid|denied the request|violates|cannot be handled|not found",
+    re.IGNORECASE,
+)
 _WEBHOOK_DOWN = re.compile(r"failed calling webhook|failed to call webhook", re.IGNORECASE)
 
 
@@ -78,6 +91,9 @@ def refused_pod(seen: Observation, patience: Patience) -> Diagnosis | None:
     if _WEBHOOK_DOWN.search(words):
         hint = "An admission webhook of the cluster does not answer; its administrators can tell more."
         return Diagnosis(Reason.REFUSED, "Kubernetes cannot admit the pod.", words, hint, fatal=out_of_patience)
+    if not _POD_REFUSED.search(words):
+        hint = "The cluster tries again by itself; its administrators can tell more."
+        return Diagnosis(Reason.REFUSED, "Kubernetes cannot make the job's pod now.", words, hint, out_of_patience)
     return Diagnosis(Reason.REFUSED, "Kubernetes refuses the job's pod.", words, refusal_hint(words))
 
 
@@ -116,7 +132,8 @@ def unscheduled(pod: Raw, seen: Observation, patience: Patience) -> Diagnosis | 
     hint = (
         "The claim must exist in the namespace and be bound: kubectl get pvc."
         if claim
-        else "It starts when there is room. Check `resources`, `node_selector`, `tolerations` and `affinity`."
+        else "It starts when there is room. Check `resources`, `node_selector`, `tolerations` and `affinity`, and "
+        "`kubernetes.platform` where the nodes have another processor."
     )
     return Diagnosis(
         Reason.UNSCHEDULABLE,
@@ -188,6 +205,7 @@ def _config(pod: Raw, waiting: Container, seen: Observation) -> Diagnosis:
     words = waiting.message or waiting.reason
     waited_s = seen.now - _waiting_since(pod, waiting, seen.events)
     limit_s = CONFIG_GRACE_S if _CONFIG_PASSING.search(words) else 0.0
+    limit_s = RESERVED_GRACE_S if _CONFIG_RESERVED.search(words) else limit_s
     return Diagnosis(
         Reason.CONTAINER_CONFIG,
         f"Container {waiting.name} ({waiting.image or 'image unknown'}) could not be created.",

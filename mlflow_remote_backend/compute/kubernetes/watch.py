@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import ComputeError
 from . import names, objects
 from .api import Api, ApiError
 
@@ -52,9 +53,11 @@ class Reflection:
         self._listed_at = 0.0
         self._brief = 0  # how many watches in a row ended too soon
         self.heard_at = 0.0  # monotonic time of the last answer
-        self.clock_offset_s = 0.0  # the server's clock minus ours
+        # The server's clock minus our monotonic one, which nobody sets, and which a sleeping laptop stops: after it all
+        # that is known is too old, and must not be judged by what the time is now.
+        self.clock_offset_s = 0.0
         self.watchable = True
-        self.failure: ApiError | None = None
+        self.failure: ComputeError | None = None
 
     def start(self) -> None:
         threading.Thread(target=self._run, name=f"watch {self._kind.path}", daemon=True).start()
@@ -72,12 +75,12 @@ class Reflection:
             try:
                 self._turn()
                 self.failure, failures = None, 0
-            except ApiError as error:
+            except ComputeError as error:  # also of a login that cannot be renewed now
                 self.failure = error
                 self._version = ""
                 failures += 1
                 pause_s = min(10.0, 0.2 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
-                self._ending.wait(max(pause_s, error.retry_after_s or 0.0))
+                self._ending.wait(max(pause_s, getattr(error, "retry_after_s", None) or 0.0))
 
     def _turn(self) -> None:
         if not self._version or time.monotonic() - self._listed_at > self._relist_s():
@@ -117,7 +120,7 @@ class Reflection:
     def _heard(self, server_time: float = 0.0) -> None:
         self.heard_at = time.monotonic()
         if server_time:
-            self.clock_offset_s = server_time - time.time()
+            self.clock_offset_s = server_time - time.monotonic()
 
     def _watch(self) -> None:
         blocks = self._api.stream(
@@ -190,7 +193,7 @@ class View:
             return None
         found = next((each for each in self._jobs.all() if objects.name(each) == job), None)
         pods = [each for each in self._pods.all() if objects.label(each, names.JOB_NAME) == job]
-        return found, pods, time.time() + self._jobs.clock_offset_s
+        return found, pods, time.monotonic() + self._jobs.clock_offset_s
 
 
 class Views:

@@ -107,7 +107,9 @@ def role() -> str:
 def pod_of(deployment: Mapping[str, Any]) -> Document:
     """A pod as the Deployment's controller would make it."""
     template = deployment["spec"]["template"]
-    metadata = {**template["metadata"], "name": f"{deployment['metadata']['name']}-xxxxxxxxxx-xxxxx"}
+    name = f"{deployment['metadata']['name']}-xxxxxxxxxx"
+    owner = jobs.controller("apps/v1", "ReplicaSet", name)
+    metadata = {**template["metadata"], "name": f"{name}-xxxxx", "ownerReferences": [owner]}
     return {"apiVersion": PODS.version, "kind": PODS.kind, "metadata": metadata, "spec": template["spec"]}
 
 
