@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ FINISH_PATIENCE_S = 5.0  # for a log stream to come to its end once the run has
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
 CAUSE_PATIENCE_S = 5.0  # a compute may tell some seconds after the end what was behind it
+LOGIN_PATIENCE_S = 30.0  # for a login that cannot be renewed: its plugin may work again
 TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
 
 #: What only a compute can know of a program that was stopped from outside.
@@ -165,16 +167,20 @@ class LogPump(threading.Thread):
         """Stop after what is being shown; does not wait."""
         self._ending.set()
 
-    def finish(self) -> None:
+    def finish(self, unwanted: Callable[[], bool] = lambda: False) -> None:
         """Show what is left, now that the log is complete: what the compute still has, then the stored parts.
 
-        A stream that has fallen silent, or cannot keep up, is left where it is: the stored parts have the rest.
+        A stream that has fallen silent, or cannot keep up, is left where it is: the stored parts have the rest. Blocks
+        as long as nobody reads what is shown, but not when it is ``unwanted``.
         """
         self._ending.set()
         self.join(FINISH_PATIENCE_S)
         if self.is_alive():
-            with self._showing:
-                self._abandoned = True
+            while not self._showing.acquire(timeout=POLL_S):
+                if unwanted():
+                    return
+            self._abandoned = True
+            self._showing.release()
             for data in self._rest(self._shown).stored():
                 self._sink(data)
             return
@@ -227,10 +233,13 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            # In a job of ours SIGTERM comes from its own cancel, and its steps go with it.
+            in_a_job = "MLFLOW_REMOTE_SUBMISSION_ID" in os.environ
             for name in DETACH_SIGNALS:
                 if hasattr(signal, name):
                     number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._detach)
+                    meant = self._interrupt if in_a_job and name == "SIGTERM" else self._detach
+                    self._before[number] = signal.signal(number, meant)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -286,7 +295,7 @@ class Follower:
                 self._leave(pump)
                 raise
             if pump is not None:
-                self._finish(pump)
+                self._finish(pump, interrupts)
             return self._with_known_cause(view)
 
     def _with_known_cause(self, view: RunView) -> RunView:
@@ -315,9 +324,10 @@ class Follower:
         pump.start()
         return pump
 
-    def _finish(self, pump: LogPump) -> None:
+    def _finish(self, pump: LogPump, interrupts: Interrupts) -> None:
+        asked = interrupts.count
         try:
-            pump.finish()
+            pump.finish(lambda: interrupts.count > asked or interrupts.detach)
         except RemoteError as error:
             self._say(
                 f"the log's end may be missing, it cannot be read now: {error} (mlflow-remote logs {self.run_id})"
@@ -387,11 +397,14 @@ class Follower:
         try:
             status = self._compute.status(self._handle)
         except RemoteError as error:
-            if error.code == "UNAUTHORIZED":
+            now = time.monotonic()
+            refused_since = self._silent.setdefault("login", now) if error.code == "UNAUTHORIZED" else now
+            if now - refused_since > LOGIN_PATIENCE_S:
                 raise self.detached(f"Your login to the compute is not valid any more. {error.words}") from error
             self._silence("compute", error)
             return None
         self._silent.pop("compute", None)
+        self._silent.pop("login", None)
         found = status.diagnosis
         if status.phase in (Phase.RUNNING, Phase.FINALIZING) and found is not None and found.reason in CAUSES_THEN:
             self._cause = found

@@ -70,6 +70,8 @@ def _folders(tracking: Tracking, dry_run: bool) -> Iterator[Collected]:
             continue
         try:
             action = _folder_action(tracking, folder, dry_run)
+        except FileNotFoundError:
+            continue  # somebody else has removed it
         except (ComputeError, ConfigError) as error:  # one engine that is away must not keep the others' folders
             yield Collected("error", error.code, str(error))
             continue

@@ -288,7 +288,13 @@ class RemoteSubmittedRun(SubmittedRun):  # type: ignore[misc]
         return details(self.view())
 
     def download_outputs(self, dst: str | Path = ".") -> Path:
-        """Fetch ``outputs/`` into the folder ``dst`` and return its path. Blocks."""
+        """Fetch ``outputs/`` into the folder ``dst`` and return its path. Blocks. RequestError: there is none."""
+        stored = self._tracking.list_artifacts(self._run_id, "")
+        if "outputs" not in stored:
+            raise RequestError(
+                f"Run {self._run_id} has stored no folder outputs/. It has: {', '.join(stored) or 'none'}.",
+                hint=f"mlflow artifacts download -r {self._run_id} -a FOLDER fetches another one.",
+            )
         target = Path(dst)
         target.mkdir(parents=True, exist_ok=True)
         client = self._tracking.client
@@ -336,6 +342,8 @@ def details(view: RunView) -> dict[str, Any]:
         "snapshot": view.tag("snapshot"),
         "environment": view.tag("environment"),
         "image": view.tag("image"),
+        "model_version": view.tag("model_version"),
+        "register_error": view.tag("register_error"),
         "experiment_id": view.experiment_id,
         "artifact_uri": view.artifact_uri,
         "started": view.start_time_ms and view.start_time_ms / 1000,

@@ -21,13 +21,14 @@ from .job import Diagnosis, Phase, Reason, RunRef, final_status
 from .project import redact_url
 from .runner.call_limits import limited
 from .runner.parts import INDEX, Part, load_index
-from .runner.record import Trouble, trouble_of, words_of
+from .runner.record import Trouble, has_model, trouble_of, words_of
 
 PREFIX = "mlflow_remote."
 ERROR = "logs/error.txt"
 TERMINAL = frozenset({"FINISHED", "FAILED", "KILLED"})
 CALL_TIMEOUT_S = 10
 CALL_RETRIES = 2
+LATE_ANSWER_S = 1.0  # for a server to finish what it has not answered in time
 FETCH_TIMEOUT_S = 120  # without a byte, while a model is downloaded
 PREFLIGHT_S = 12.0  # a server that is down is told within 15 s
 MAX_TAG_CHARS = 5000  # the smallest limit of the servers in use (MLflow 2.x)
@@ -170,7 +171,8 @@ class Tracking:
     # -- opening a run ------------------------------------------------------------------------------------------------
 
     def open_run(self, experiment_id: str, *, tags: Mapping[str, str], name: str = "") -> RunRef:
-        """Create a run with all its tags at once. A lost answer never makes a second run."""
+        """Create a run with all its tags at once. A lost answer makes no second run; a late one may, which then ends as
+        its submitter's death would end it."""
         submission_id = tags[PREFIX + "submission_id"]
         cut = {key: value[:MAX_TAG_CHARS] for key, value in tags.items()}
 
@@ -183,6 +185,7 @@ class Tracking:
                 run = self.call("creating the run", create, retries=0)
                 break
             except TrackingError as error:
+                time.sleep(LATE_ANSWER_S if error.transient else 0.0)
                 found = self.find_submission(experiment_id, submission_id) if error.transient else None
                 if found is not None:
                     run = self.call("reading the run", partial(self.client.get_run, found.run_id))
@@ -349,11 +352,18 @@ class Tracking:
         """A new version of the registered model ``name`` from the run's model or artifact ``path``."""
         import mlflow
 
+        look = partial(has_model, self.client, view.run_id, view.experiment_id, path)
+        if not self.call("looking for the model", look):
+            raise RequestError(
+                f"Run {view.run_id} has no model {path!r}, so none can be registered as {name}.",
+                hint="Its program has to log one: mlflow.<flavor>.log_model(…, name=…).",
+            )
+
         def register() -> Any:
             with _tracking_uri(self.uri):
                 return mlflow.register_model(f"runs:/{view.run_id}/{path}", name, tags=dict(tags))
 
-        return self.call(f"registering model {name}", register)
+        return self.call(f"registering model {name}", register, retries=0)  # a lost answer makes no second version
 
     # -- models -------------------------------------------------------------------------------------------------------
 

@@ -1197,3 +1197,10 @@ def test_names_of_files_go_no_further_than_this_machine(compute: str, program: i
     for found, files in ((secrets.program, program), (secrets.runner, runner)):
         assert found["MLFLOW_TRACKING_TOKEN"] == SECRET
         assert ("MLFLOW_TRACKING_SERVER_CERT_PATH" in found) == bool(files)
+
+
+def test_a_proxy_on_this_machine_is_none_for_pods() -> None:
+    environ = {"HTTPS_PROXY": "http://127.0.0.1:3128", "http_proxy": "http://proxy.example:3128", "NO_PROXY": "x"}
+    for compute, wanted in (("local", set(environ)), ("kubernetes", {"http_proxy", "NO_PROXY"})):
+        secrets = secrets_of(BackendConfig(compute=compute), environ, EnvironmentRef("local"))
+        assert set(secrets.program) == set(secrets.runner) == wanted

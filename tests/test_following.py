@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlflow_remote_backend import compute as computes
+from mlflow_remote_backend import follow
 from mlflow_remote_backend.compute.base import JobHandle
 from mlflow_remote_backend.errors import ComputeError
-from mlflow_remote_backend.follow import Log
+from mlflow_remote_backend.follow import Log, LogPump
 from mlflow_remote_backend.job import Diagnosis, JobStatus, LogChunk, Phase, Reason
 from mlflow_remote_backend.submitted_run import RemoteSubmittedRun
 from mlflow_remote_backend.tracking import RunView
@@ -40,6 +42,24 @@ def test_attempts_whose_pods_are_gone_come_from_the_stored_log() -> None:
     log: Any = Log(Tracking(), "run", Compute(), JobHandle("kubernetes://a/b"))  # type: ignore[arg-type]
     shown = b"".join([*log.live(), *log.stored()])
     assert shown == b"one\nmore\n\n--- attempt 2 ---\ntwo\n\n--- attempt 3 ---\nthree\n"
+
+
+def test_an_end_that_nobody_reads_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `mlflow run … | less`: the screen takes nothing more."""
+    monkeypatch.setattr(follow, "FINISH_PATIENCE_S", 0.1)
+    read, full, asked = threading.Event(), threading.Event(), []
+
+    def sink(data: bytes) -> None:
+        full.set()
+        read.wait(60)
+
+    log: Any = Log(Tracking(), "run", Compute(), JobHandle("kubernetes://a/b"))  # type: ignore[arg-type]
+    pump = LogPump(log, lambda cursor: log, sink)
+    pump.start()
+    assert full.wait(10)
+    pump.finish(lambda: asked.append(1) or len(asked) > 2)  # type: ignore[func-returns-value]
+    assert (len(asked), pump.is_alive()) == (3, True)
+    read.set()
 
 
 def test_the_log_of_a_deleted_run_ends_where_nobody_tells_of_its_job() -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ComputeError, ConfigError
-from ..job import JobSpec
+from ..job import JobSpec, Resources
 from ..runner import run_folder
 from ..runner.call_limits import users_environ
 from ..runner.prepare import Place
@@ -71,7 +72,15 @@ class LocalCompute(SupervisedCompute):
             )
         if not shutil.which("bash"):
             raise ComputeError("compute: local needs bash, which is not on PATH.")
-        return []
+        if request.spec.secret_refs:
+            raise ConfigError(
+                "secrets refers to secrets that exist at the compute; this machine keeps none.",
+                key="secrets",
+                hint="Set the variables where you submit: a job of this machine has them.",
+            )
+        if dataclasses.replace(request.spec.resources, gpu_resource=Resources.gpu_resource) == Resources():
+            return []
+        return ["resources are not limited by the compute local: a program has what the machine has."]
 
     def handle_url(self, spec: JobSpec) -> str:
         return f"local://{run_folder.machine_id(self.root)}/{spec.run.run_id}"

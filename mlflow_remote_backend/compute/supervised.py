@@ -6,6 +6,7 @@ Their job is a run folder (``runner/run_folder.py``) and the supervisor that hol
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -109,7 +110,8 @@ class SupervisedCompute:
         try:
             run_folder.replace_text(folder.cancel, str(grace_period_s))
         except OSError:  # a full disk has room for an empty file; the job's own grace period counts then
-            folder.cancel.touch()
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                folder.cancel.touch()
         if not folder.supervised():
             self.recover(handle)
         deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
@@ -119,7 +121,20 @@ class SupervisedCompute:
     def collect(self, handle: JobHandle) -> None:
         folder = self.run_folder(handle)
         if not folder.supervised():
+            self._stop_program(folder)
             folder.remove()
+
+    def _stop_program(self, folder: RunFolder) -> None:
+        """One that has outlived its supervisor: its run has ended, and nobody else would end it. Blocks meanwhile."""
+        spool = Spool(folder.spool)
+        if not spool.execute_lives():
+            return
+        with contextlib.suppress(OSError):
+            grace_s = folder.spec().limits.grace_period_s
+            spool.request_cancel()
+            deadline = time.monotonic() + grace_s + CANCEL_MARGIN_S
+            while spool.execute_lives() and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def recover(self, handle: JobHandle) -> bool:
         folder = self.run_folder(handle)

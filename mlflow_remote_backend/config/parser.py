@@ -293,6 +293,11 @@ def _unknown_key(unknown: UnknownKey) -> ConfigError:
     prefix = f"{section}." if section else ""
     guesses = [prefix + known for known in same_letters] or elsewhere or [prefix + known for known in near]
     hint = _did_you_mean(guesses) or f"Known here: {', '.join(unknown.siblings)}."
+    if unknown.place.key in ALL_KEYS:  # written with a dot, as the documentation names it
+        nested = "…"
+        for each in reversed(unknown.place.key.split(".")):
+            nested = f"{{{quoted(each)}: {nested}}}"
+        hint = f"Write {nested}."
     return unknown.place.error("is not a key", hint)
 
 

@@ -228,7 +228,7 @@ def _conda_project(file: Path, shown: str, manager: str, options: EnvironmentOpt
     conda, pip = _dependencies(document, shown)
     packages = requirements.expand(pip, folder=file.parent, where=f"{shown}, pip")
     if manager != "conda":
-        return _venv_of_conda(manager, file, shown, conda, packages, options)
+        return _venv_of_conda(manager, file, shown, conda, packages, options, _variables(document, shown))
     if packages.requirements and not _names_package(conda, "pip"):
         conda = (*conda, "pip")
     channels = tuple(dict.fromkeys(_list(document, "channels", shown)))
@@ -319,8 +319,10 @@ def _venv_of_conda(
     conda: Sequence[str],
     packages: RequirementList,
     options: EnvironmentOptions,
+    variables: Mapping[str, str],
 ) -> EnvSpec:
-    """A conda.yaml as a virtual environment: its python, its pip part, and a word about what is left out."""
+    """A conda.yaml as a virtual environment: its python, its pip part and its variables, and a word about what is left
+    out."""
     python, build, left_out = "", [], []
     for spec in conda:
         match = _PYTHON_PARTS.match(spec)
@@ -338,7 +340,8 @@ def _venv_of_conda(
         python = _this_python()
         warnings.append(f"{shown} names no python; {python}, the one that submits, is used.")
     packages = requirements.expand(build, folder=file.parent, where=shown) + packages
-    return _venv(manager, file, shown, python, packages, options, tuple(warnings))
+    made = _venv(manager, file, shown, python, packages, options, tuple(warnings))
+    return replace(made, env_vars=dict(variables))
 
 
 def _pinned_python(match: re.Match[str] | None, spec: str, shown: str) -> str:

@@ -693,11 +693,22 @@ class Execution:
             "seconds": max(0.0, self.ended - self.started),
             "error": self.error,
         }
-        while not write_json(self.folder, "exit.json", record, durable=True):
+        while not write_json(self.folder, "exit.json", record, durable=True) and not is_gone(self.folder):
             time.sleep(RETRY_FULL_DISK_S)
         if self.tee is not None:
             self.tee.finish()
         return code
+
+
+def is_gone(folder: str) -> bool:
+    """Whether somebody removed it: then nobody wants to know how the program ended."""
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def exit_code(status: int) -> int:

@@ -73,7 +73,9 @@ class Job:
     def claim(self) -> None:
         """Say in the run that its job is ours from now on. Raises RecordError."""
         if not self.claimed.is_set():
-            self.record.log({"owner": self.owner, "attempt": str(self.attempt)})
+            job_uid = os.environ.get("MLFLOW_REMOTE_JOB_UID")  # which its submitter may have failed to write
+            known = {"job_uid": job_uid} if job_uid else {}
+            self.record.log({"owner": self.owner, "attempt": str(self.attempt), **known})
             self.claimed.set()
 
 

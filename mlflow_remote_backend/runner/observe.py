@@ -179,8 +179,8 @@ class _Watch:
                     told = phase
                 backoff.reset()
                 pause = TELL_S
-            except RecordError as error:
-                missing = missing + 1 if error.trouble is Trouble.GONE else 0
+            except (RecordError, OSError) as error:  # the latter: no room to pass a cancel on
+                missing = missing + 1 if getattr(error, "trouble", None) is Trouble.GONE else 0
                 pause = backoff.pause_s()
             if missing >= GONE_LOOKS and not self.gone:
                 self.gone = True

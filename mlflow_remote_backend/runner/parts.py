@@ -139,8 +139,11 @@ class LogUploader:
         self._ready = True
 
     def _is_own(self, part: Part) -> bool:
-        """Whether a part that the index has is of this very spool, whose state was lost: the bytes tell."""
-        return part.attempt == self._attempt and part.sha256 == self._digest(part.offset, part.length)
+        """Whether a part that the index has is of this very spool, whose state was lost: the bytes tell, or that some
+        of them are dropped, as only stored ones are."""
+        if part.attempt != self._attempt:
+            return False
+        return part.offset < self._spool.log.start() or part.sha256 == self._digest(part.offset, part.length)
 
     def _digest(self, offset: int, length: int) -> str:
         digest = hashlib.sha256()

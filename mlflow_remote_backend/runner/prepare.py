@@ -209,17 +209,16 @@ def _command(spec: JobSpec, place: Place, folder: Path, line: str, variables: Ma
         "MLFLOW_TRACKING_URI": spec.run.tracking_uri,
         "MLFLOW_REMOTE_OUTPUT_DIR": os.path.join(seen, OUTPUT_FOLDER),
         "MLFLOW_REMOTE_SUBMISSION_ID": spec.submission_id,
-        "PYTHONUNBUFFERED": "1",
     }
     return Command(
         argv=("bash", "-c", line),
         fallback_argv=("sh", "-c", line),
         cwd=seen,
-        env={**variables, **spec.env_vars, **ours},
+        env={"PYTHONUNBUFFERED": "1", **variables, **spec.env_vars, **ours},
         grace_period_s=spec.limits.grace_period_s,
         timeout_s=spec.limits.timeout_s,
         log_limit_bytes=spec.log_limit_bytes,
-        memory_limit_hint=spec.resources.memory_bytes,
+        memory_limit_hint=spec.resources.memory_bytes if spec.compute != "local" else None,  # where nothing limits it
         tee=place.tee,
     )
 

@@ -103,8 +103,14 @@ class RunRecord:
                 self._client = MlflowClient(tracking_uri=self.run.tracking_uri or None)
             return self._client
 
-    def _call(self, doing: str, action: Callable[[Any], T], timeout_s: int = CALL_TIMEOUT_S) -> T:
-        with limited(timeout_s, CALL_RETRIES):
+    def _call(
+        self,
+        doing: str,
+        action: Callable[[Any], T],
+        timeout_s: int = CALL_TIMEOUT_S,
+        retries: int = CALL_RETRIES,
+    ) -> T:
+        with limited(timeout_s, retries):
             try:
                 return action(self._connect())
             except Exception as error:
@@ -183,12 +189,16 @@ class RunRecord:
         """
 
         def register(client: Any) -> str:
+            if not has_model(client, self.run.run_id, self.run.experiment_id, path):
+                raise RecordError(f"The run has no model {path!r}.", Trouble.REFUSED, "")
             version = self._registered(client, name) or self._register(name, path, tags)
             if alias:
                 client.set_registered_model_alias(name, alias, version)
             return version
 
-        return self._call(f"registering model {name!r} from {path!r}", register)
+        # Repeated by whoever calls, after a look, not by MLflow's HTTP client: it would make a second version after a
+        # lost answer.
+        return self._call(f"registering model {name!r} from {path!r}", register, retries=0)
 
     def _registered(self, client: Any, name: str) -> str:
         found = client.search_model_versions(f"run_id = '{self.run.run_id}'")
@@ -202,6 +212,16 @@ class RunRecord:
         mlflow.set_tracking_uri(self.run.tracking_uri)  # the runner's process serves this one run
         uri = f"runs:/{self.run.run_id}/{path}"
         return str(mlflow.register_model(uri, name, await_registration_for=0, tags=dict(tags)).version)
+
+
+def has_model(client: Any, run_id: str, experiment_id: str, path: str) -> bool:
+    """Whether the run logged a model of that name, among its artifacts or beside them as MLflow 3 does. MLflow itself
+    would find out only after it has made the registered model."""
+    if any(each.path == f"{path}/MLmodel" for each in client.list_artifacts(run_id, path)):
+        return True
+    wanted = f"source_run_id = '{run_id}'"
+    found = client.search_logged_models(experiment_ids=[experiment_id], filter_string=wanted, max_results=100)
+    return any(each.name == path for each in found)
 
 
 @contextlib.contextmanager

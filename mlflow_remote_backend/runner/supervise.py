@@ -142,7 +142,12 @@ def _fork(folder: RunFolder, lock: int, program: str, start: Start) -> None:
     sys.stderr.flush()
     middle = os.fork()
     if middle:
-        os.waitpid(middle, 0)
+        ended = 0
+        with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD is not told how its children ended
+            ended = os.waitpid(middle, 0)[1]
+        if ended:
+            words = "There is no room for another process."
+            raise ComputeError("No supervisor process can be started on this machine.", words=words)
         return
     status = 1
     try:  # nothing of the submitter's stack may run in the child: every path ends in os._exit

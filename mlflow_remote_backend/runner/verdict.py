@@ -137,7 +137,7 @@ def _without_exit(vitals: Vitals | None, prepared: Prepared | None, cancel_reque
         message = "Stopped from outside by SIGTERM, which nobody had asked for, and killed before it had ended."
         return Verdict(Reason.TERMINATED, message)
     used, limit = vitals.memory_bytes, vitals.memory_limit_bytes
-    memory = f" (memory: {_mebibytes(used)}{_of(limit) if limit else ''})" if used else ""
+    memory = f" (memory: {_mebibytes(used)}{_of(limit)})" if used and limit else ""  # else it is the whole machine's
     return Verdict(Reason.KILLED_BY_SYSTEM, f"The program and our runner with it were killed at once{memory}.")
 
 

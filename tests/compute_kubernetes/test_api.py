@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from mlflow_remote_backend.compute.kubernetes import api as api_module
 from mlflow_remote_backend.compute.kubernetes.api import Api, ApiError, Login
 from mlflow_remote_backend.errors import ComputeError
 
@@ -311,6 +312,7 @@ def test_a_login_plugin_that_fails_once_does_not_make_us_nobody(
 ) -> None:
     """The client only logs that, and sends no login from then on; and nobody is refused by 403, not by 401."""
     monkeypatch.setattr(Guarded, "token", "token1")
+    monkeypatch.setattr(api_module, "RENEW_PAUSE_S", 0.0)
     api = Api.open(kubeconfig=str(plugin_login))
     assert api.get("/api/v1/pods").body["kind"] == "PodList"
     monkeypatch.setattr(Guarded, "token", "token3")

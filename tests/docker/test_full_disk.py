@@ -74,3 +74,16 @@ def test_room_is_told_as_it_is(tmp_path) -> None:
         assert not list(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_outputs_that_do_not_fit_on_this_machine_leave_room_for_the_verdict(make_job, shell_image, tmp_path) -> None:
+    (tmp_path / "state").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "state"], check=True)
+    try:
+        command = "head -c 8000000 /dev/urandom > outputs/big"
+        job = make_job(command, image=shell_image, outputs=("outputs",), limits=Limits(finalize_timeout_s=1.0))
+        record = job.run()
+        assert (record.exit_code, record.error["code"]) == (0, "FINALIZE_INCOMPLETE")
+        assert "No space left" in record.error["message"]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "state"], check=True)

@@ -252,6 +252,46 @@ def test_a_supervisor_that_always_dies_does_not_come_back_for_ever(sqlite_tracki
     os.kill(started.pid, signal.SIGKILL)
 
 
+def test_a_program_does_not_outlive_its_run(sqlite_tracking, make_project, tmp_path):
+    run = submit(waiting_project(make_project, tmp_path / "stop"))
+    until_logged(run, "before")
+    started = Spool(folder_of(run).spool).started()
+    kill(supervisor_pid(run))
+    for _ in range(100):
+        folder_of(run).count_recovery()
+    assert ended(run).status == "FAILED"
+    until(lambda: not is_alive(started.pid) and not is_alive(started.execute_pid), 30, "program and execute have ended")
+    assert not folder_of(run).exists()
+
+
+def test_a_machine_without_room_for_a_supervisor_says_so(sqlite_tracking, make_project, monkeypatch):
+    fork, forks = os.fork, []
+
+    def second_fails():
+        forks.append(1)
+        if len(forks) > 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setenv("MLFLOW_REMOTE_SUPERVISOR", "fork")
+    monkeypatch.setattr(os, "fork", second_fails)
+    with pytest.raises(ExecutionException, match="No supervisor process can be started"):
+        submit(make_project("echo x"))
+    (run,) = all_runs()
+    assert (run.info.status, run.data.tags["mlflow_remote.reason"]) == ("FAILED", "BOOTSTRAP")
+    assert not list(all_folders())
+
+
+def test_who_ignores_its_children_can_submit(sqlite_tracking, make_project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_REMOTE_SUPERVISOR", "fork")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        run = submit(make_project("echo x"))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert ended(run).status == "FINISHED"
+
+
 def test_who_waits_for_a_run_that_is_deleted_is_told_so(sqlite_tracking, make_project, tmp_path, mlflow_run):
     process = mlflow_run.start(waiting_project(make_project, tmp_path / "stop"), "--backend", "remote")
     run_id = until(lambda: [each.info.run_id for each in all_runs()], 60, "a run")[0]
@@ -521,6 +561,14 @@ def test_a_job_can_be_cancelled_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "replace_text", no_room)
     compute.cancel(compute.handle_of(folder))
     assert folder.cancel.read_text() == ""
+
+    def ended_meanwhile(path, text):
+        folder.remove()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(run_folder, "replace_text", ended_meanwhile)
+    compute.cancel(compute.handle_of(folder))
+    assert not folder.exists()
 
 
 def test_a_submission_that_does_not_fit_ends_its_run_and_leaves_nothing(sqlite_tracking, make_project, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ from mlflow_remote_backend.runner.frames import parse_frame
 from mlflow_remote_backend.runner.observe import EXIT_PENDING, EXIT_RETRY, observe
 from mlflow_remote_backend.runner.outputs import storable
 from mlflow_remote_backend.runner.parts import load_index
-from mlflow_remote_backend.runner.record import RunRecord
+from mlflow_remote_backend.runner.record import RunRecord, persist
 from mlflow_remote_backend.runner.spool import Prepared, Spool
 
 Until = Callable[..., Any]
@@ -291,6 +292,25 @@ def test_a_program_whose_runner_seemed_dead_for_a_moment_is_watched_to_its_end(
 
 
 # ------------------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_cancel_that_a_full_disk_keeps_back_comes_later(
+    sqlite_run: RunRef, start: Callable[..., Observed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe_module, "LOOK_S", 0.2)
+    original, refused = Spool.request_cancel, []
+
+    def full(spool: Spool) -> None:
+        if len(refused) < 2:
+            refused.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(spool)
+
+    monkeypatch.setattr(Spool, "request_cancel", full)
+    observed = start(sqlite_run, "sleep 600")
+    client(sqlite_run).set_tag(sqlite_run.run_id, "mlflow_remote.cancel_requested", "1")
+    observed.ended(60)
+    assert client(sqlite_run).get_run(sqlite_run.run_id).info.status == "KILLED"
 
 
 def test_a_cancel_by_tag_reaches_the_program(
@@ -605,6 +625,19 @@ def test_a_model_that_cannot_be_registered_is_no_failure_of_the_run(
     assert (left.status, left.tags["reason"], left.tags["phase"]) == ("FINISHED", "OK", "done")
     assert "nothing-here" in left.tags["register_error"]
     assert "finalized" in left.tags
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_registered_once_though_the_answer_was_lost(server_run: RunRef, proxy: FaultProxy) -> None:
+    log_a_model(server_run)
+    name = f"lost-{server_run.run_id}"
+    lost = proxy.fail(0, lambda method, path: path.endswith("model-versions/create"), reaches=True, times=1)
+    tags = {"mlflow_remote.run_id": server_run.run_id}
+    record = RunRecord(server_run)
+    until = time.monotonic() + 60
+    assert persist(lambda: record.register_model(name, "model", alias="", tags=tags), until) == "1"
+    assert lost.times == 0
+    assert len(mlflow.MlflowClient(server_run.tracking_uri).search_model_versions(f"name = '{name}'")) == 1
 
 
 def test_a_failed_run_registers_no_model(sqlite_run: RunRef, start: Callable[..., Observed], tmp_path: Path) -> None:

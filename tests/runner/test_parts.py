@@ -105,6 +105,39 @@ def test_part_names_are_the_contracts() -> None:
     ]
 
 
+def test_the_index_of_a_long_log_is_uploaded_less_often(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows with each part: uploaded with each, it would be most of what a job of weeks sends."""
+    monkeypatch.setattr(parts, "INDEX_BYTES_PER_S", 64)
+    began = bench.now
+    for _ in range(60):
+        bench.write(256 * KIB)
+        bench.step()
+        bench.step(60)
+    sizes = [size for name, size in bench.record.uploaded if name == "index.json"]
+    assert sum(sizes) <= 64 * (bench.now - began) + sizes[-1]
+    assert len(bench.index()) < 61
+    bench.write(b"end")
+    bench.step(final=True)
+    assert bench.stored() == bench.written
+
+
+def test_a_part_whose_start_was_dropped_is_still_known(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the spool keeps neither what is stored nor the list of it."""
+    monkeypatch.setattr(parts, "KEEP_BYTES", 0)
+    bench.write(5 * MIB)
+    bench.step()
+    bench.step(61)
+    bench.write(CLOSE_BYTES)
+    bench.step()
+    bench.write(MIB)
+    bench.step(3)
+    assert bench.spool.log.start() == SEGMENT_BYTES
+    (bench.spool.path / "uploaded.json").unlink()
+    bench.start_anew()
+    bench.step(final=True)
+    assert bench.stored() == bench.written
+
+
 def test_a_short_log_is_one_part_uploaded_once(bench: Bench) -> None:
     bench.write(b"hello\xff\x00")
     bench.step()

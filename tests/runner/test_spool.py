@@ -138,3 +138,10 @@ def test_threads_that_write_at_once_leave_one_whole_record(tmp_path: Path) -> No
     assert record is not None
     assert len(record["text"]) == 1000
     assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_what_the_log_links_to_is_not_read(spool: Spool, tmp_path: Path) -> None:
+    """The program can write there, and the reader may be another container, with secrets of its own."""
+    (tmp_path / "secret").write_bytes(b"of the reader")
+    (spool.path / "log" / "000000").symlink_to(tmp_path / "secret")
+    assert spool.log.read(0, 100) == b""

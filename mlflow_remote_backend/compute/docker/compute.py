@@ -57,8 +57,10 @@ class DockerCompute(SupervisedCompute):
     @classmethod
     def from_handle(cls, handle: JobHandle) -> DockerCompute:
         """The engine is the one that the run folder knows, or the one that the caller's environment names."""
-        folder = RunFolder(_run_id(handle))
-        return cls(folder.spec().options if folder.envelope.exists() else {})
+        try:
+            return cls(RunFolder(_run_id(handle)).spec().options)
+        except FileNotFoundError:
+            return cls({})
 
     def describe(self) -> str:
         """One line about the engine, for a person. Raises ComputeError if it does not answer."""

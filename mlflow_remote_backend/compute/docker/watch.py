@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from ... import removal
 from ...errors import ComputeError, ConfigError
 from ...job import Diagnosis, JobSpec, Reason
 from ...runner.run_folder import RunFolder
@@ -65,6 +67,7 @@ class ContainerRun:
         self._stop_by: float | None = None
         self._said = ""
         self._full_since: float | None = None
+        self._half: Path | None = None  # an output folder that could not be copied whole
         self._collected = False
         self._nothing_left = False
         self._watcher = threading.Thread(target=self._watch, name="container", daemon=True)
@@ -251,6 +254,7 @@ class ContainerRun:
                 if problems:
                     (self._folder.work / output / NOT_COPIED).write_text("\n".join(problems) + "\n")
         except OSError as error:
+            self._half = self._folder.work / output
             return f"folder {output!r} could not be copied to {self._folder.work}: {error.strerror or error}"
         return ""
 
@@ -305,7 +309,18 @@ class ContainerRun:
         self._write_exit(json.dumps(dataclasses.asdict(record)).encode())
 
     def _write_exit(self, record: bytes) -> None:
-        write_json(self._folder.spool / "exit.json", json.loads(record), durable=True)
+        """Without it the run has no verdict: on a full disk again and again, and rather than half an output folder."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return write_json(self._folder.spool / "exit.json", json.loads(record), durable=True)
+            except OSError:
+                if self._too_late() or not self._folder.exists():
+                    raise
+                if self._half is not None:
+                    removal.delete(self._half)
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
 
 def _with_what_we_know(record: bytes, found: Mapping[str, Any] | None, trouble: str) -> bytes:

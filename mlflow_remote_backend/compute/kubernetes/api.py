@@ -35,6 +35,7 @@ MAX_PAUSE_S = 20.0  # between two tries; a server's Retry-After may ask for more
 MAX_RETRY_AFTER_S = 60.0
 REQUESTS_PER_S = 25.0  # with the burst never more than 40 in one second
 BURST = 15
+RENEW_PAUSE_S = 5.0  # after a login that could not be renewed: its plugin is not called for each request
 LOGIN_TIMEOUT_S = 60.0  # a login plugin of the kubeconfig, which may wait for a person at a browser
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -127,6 +128,7 @@ class Api:
     _throttle: Throttle = field(default_factory=Throttle, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _leave_at: float = field(default=0.0, repr=False)  # monotonic: when the server takes requests again
+    _not_renewed: tuple[float, ApiError] | None = field(default=None, repr=False)  # when that was, and why
 
     @classmethod
     def open(cls, *, kubeconfig: str = "", context: str = "") -> Api:
@@ -358,7 +360,10 @@ class Api:
         raise AssertionError("unreachable")
 
     def _wait_for_leave(self, method: str, path: str) -> None:
-        """Raise ApiError as long as the server has asked to be left alone, whoever of us it told so."""
+        """Raise ApiError as long as the server has asked to be left alone, whoever of us it told so, and for a moment
+        after the login could not be renewed."""
+        if self._not_renewed is not None and time.monotonic() - self._not_renewed[0] < RENEW_PAUSE_S:
+            raise self._not_renewed[1]
         left_s = self._leave_at - time.monotonic()
         if left_s > 0:
             words = f"it has asked not to be asked for {left_s:.0f} s more"
@@ -373,14 +378,10 @@ class Api:
             try:
                 self._client, _ = _connect(self.kubeconfig, context)
             except ComputeError as error:
-                raise ApiError(
-                    error.what,
-                    words=error.words,
-                    hint=error.hint,
-                    code="UNAUTHORIZED",
-                    status=401,
-                    reason="Unauthorized",
-                ) from error
+                words, hint = error.words, error.hint
+                failure = ApiError(error.what, words=words, hint=hint, code="UNAUTHORIZED", status=401)
+                self._not_renewed = (time.monotonic(), failure)
+                raise failure from error
 
     # ---------------------------------------------------------------------------------------------- errors
 

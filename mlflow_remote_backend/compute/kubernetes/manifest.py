@@ -474,6 +474,7 @@ def home_env() -> list[dict[str, Any]]:
 def _runner_env(secret_names: SecretNames, secret_name: str) -> list[dict[str, Any]]:
     fields = {
         "MLFLOW_REMOTE_ATTEMPT": ATTEMPT_FIELD,
+        "MLFLOW_REMOTE_JOB_UID": f"metadata.labels['{names.JOB_UID}']",
         "MLFLOW_REMOTE_POD_NAME": "metadata.name",
         "MLFLOW_REMOTE_POD_UID": "metadata.uid",
         "MLFLOW_REMOTE_NODE": "spec.nodeName",
