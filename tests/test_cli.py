@@ -9,6 +9,8 @@ import mlflow
 import pytest
 
 from mlflow_remote_backend import cli
+from mlflow_remote_backend.errors import RequestError
+from mlflow_remote_backend.submitted_run import attach
 
 pytestmark = pytest.mark.usefixtures("no_leftovers", "no_cluster")
 
@@ -107,6 +109,22 @@ def test_register_makes_a_model_version(run, remote):
     version = mlflow.MlflowClient().get_model_version("diabetes", "1")
     assert version.run_id == run_id
     assert version.tags["mlflow_remote.snapshot"].startswith("sha256:")
+
+
+def test_what_is_no_model_is_not_registered(run, remote):
+    run_id = run("mkdir -p results; echo 1 > results/a", outputs=["results"])
+    code, _, err = remote("register", run_id, "diabetes")
+    assert (code, f"Run {run_id} has no model 'model'" in err) == (2, True), err
+    assert list(mlflow.MlflowClient().search_registered_models()) == []
+    with pytest.raises(RequestError, match=r"no folder outputs/\. It has: .*results"):
+        attach(run_id).download_outputs()
+
+
+def test_a_model_that_could_not_be_registered_is_told_of(run, remote):
+    run_id = run("true", register_model={"name": "wished"})
+    assert "has no model 'model'" in json.loads(remote("describe", run_id, "--json")[1])["register_error"]
+    assert "has no model 'model'" in remote("describe", run_id)[1]
+    assert list(mlflow.MlflowClient().search_registered_models()) == []
 
 
 def test_gc_has_nothing_to_do_after_runs_that_ended(run, remote):

@@ -1204,3 +1204,7 @@ def test_a_proxy_on_this_machine_is_none_for_pods() -> None:
     for compute, wanted in (("local", set(environ)), ("kubernetes", {"http_proxy", "NO_PROXY"})):
         secrets = secrets_of(BackendConfig(compute=compute), environ, EnvironmentRef("local"))
         assert set(secrets.program) == set(secrets.runner) == wanted
+
+
+def test_a_key_that_is_written_as_the_documentation_names_it_is_shown_nested() -> None:
+    assert refused({"environment.frozen": True}).hint == 'Write {"environment": {"frozen": …}}.'

@@ -54,6 +54,13 @@ def test_a_conda_project_is_conda_by_default(tmp_path: Path) -> None:
     assert loaded.warnings == ()
 
 
+@pytest.mark.parametrize("manager", [None, "virtualenv", "uv"])
+def test_the_variables_of_a_conda_yaml_are_the_programs_whatever_makes_its_environment(
+    tmp_path: Path, manager: str | None
+) -> None:
+    assert conda(tmp_path, CONDA, manager).env_vars == {"GREETING": "hello"}
+
+
 @pytest.mark.parametrize("manager", ["virtualenv", "uv"])
 def test_a_conda_project_in_a_venv_keeps_its_python_parts_and_names_what_it_drops(tmp_path: Path, manager: str) -> None:
     loaded = conda(tmp_path, CONDA, manager)

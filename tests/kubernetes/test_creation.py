@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from faultproxy import FaultProxy
 from namespaces import Namespace, until
 
 from mlflow_remote_backend.compute.kubernetes import names, objects
+from mlflow_remote_backend.errors import TrackingError
 from mlflow_remote_backend.submitted_run import RemoteExecutionException, attach
 from mlflow_remote_backend.testing import Projects, ended, stored_log
+from mlflow_remote_backend.tracking import Tracking
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(300)]
 
@@ -180,3 +183,25 @@ def test_a_submission_that_died_half_way_is_continued_by_the_next_of_its_id(
         assert stored_log(run.run_id) == b"ran once\n"
     ids = [objects.annotation(job, names.SUBMISSION_ID) for job in namespace.ours("jobs")]
     assert sorted(ids) == sorted({f"crash-{step}" for step in range(steps)})
+
+
+def test_a_run_whose_submitter_could_not_write_the_jobs_uid_gets_it_from_its_runner(
+    projects: Projects, namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nobody could tell later that the Job is gone."""
+    original = Tracking.set_tags
+
+    def away(tracking: Tracking, run_id: str, tags: Mapping[str, str]) -> None:
+        if "mlflow_remote.job_uid" in tags:
+            raise TrackingError("The server is away.", transient=True)
+        original(tracking, run_id, tags)
+
+    monkeypatch.setattr(Tracking, "set_tags", away)
+    run = projects.submit(projects.make("sleep 600"))
+    until(lambda: run.view().tag("phase") == "running", what="it runs")
+    assert run.view().tag("job_uid") == objects.uid(namespace.job(run.run_id))
+    namespace.delete("jobs", names.job_name(run.run_id), propagationPolicy="Background")
+    for pod in namespace.ours("pods"):
+        namespace.delete("pods", objects.name(pod), gracePeriodSeconds=0)
+    view = ended(attach(run.run_id))
+    assert view.status == "FAILED"

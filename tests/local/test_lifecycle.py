@@ -252,6 +252,55 @@ def test_a_supervisor_that_always_dies_does_not_come_back_for_ever(sqlite_tracki
     os.kill(started.pid, signal.SIGKILL)
 
 
+def test_what_this_machine_does_not_do_is_said(sqlite_tracking, make_project, capfd):
+    project = make_project("echo limited by nothing")
+    with pytest.raises(ExecutionException, match="this machine keeps none"):
+        submit(project, secrets={"DB": "database/password"})
+    run = submit(project, resources={"memory": "100Mi"})
+    assert "resources are not limited by the compute local" in capfd.readouterr().err
+    assert ended(run).status == "FINISHED"
+
+
+def test_a_killed_runner_is_no_want_of_memory_where_nothing_limits_it(sqlite_tracking, make_project, tmp_path):
+    run = submit(waiting_project(make_project, tmp_path / "stop"), resources={"memory": "1Mi"})
+    until_logged(run, "before")
+    started = Spool(folder_of(run).spool).started()
+    until(lambda: Spool(folder_of(run).spool).vitals(), 30, "the memory in use was looked at")
+    kill(started.execute_pid)
+    view = ended(run)
+    assert (view.status, view.tag("reason")) == ("FAILED", "KILLED_BY_SYSTEM")
+    assert "memory" not in view.tag("message")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(started.pid, signal.SIGKILL)
+
+
+def test_what_the_user_sets_wins_over_what_is_only_usual(sqlite_tracking, make_project):
+    run = submit(make_project('echo "[$PYTHONUNBUFFERED]"'), env_vars={"PYTHONUNBUFFERED": ""})
+    assert ended(run).status == "FINISHED"
+    assert stored_log(run.run_id) == b"[]\n"
+
+
+STEPS = """
+import mlflow, sys
+mlflow.projects.run(sys.argv[1], backend="remote", env_manager="local")
+"""
+
+
+def test_the_step_that_a_cancelled_project_waits_for_is_cancelled_too(sqlite_tracking, make_project, tmp_path):
+    step = waiting_project(make_project, tmp_path / "stop")
+    whole = make_project(f'"{sys.executable}" steps.py "{step}"', name="whole", files={"steps.py": STEPS})
+    run = submit(whole)
+
+    def inner():
+        return [each.info.run_id for each in all_runs() if each.info.run_id != run.run_id]
+
+    until_logged(attach(until(inner, 60, "the step's run")[0]), "before")
+    run.cancel()
+    assert ended(run).status == "KILLED"
+    assert ended(attach(inner()[0]), 30).status == "KILLED"
+    assert not (tmp_path / "stop").exists()
+
+
 def test_a_program_does_not_outlive_its_run(sqlite_tracking, make_project, tmp_path):
     run = submit(waiting_project(make_project, tmp_path / "stop"))
     until_logged(run, "before")
