@@ -63,9 +63,10 @@ def of_failed(spec: DeploymentSpec, failed: Mapping[str, Any], log: str) -> Diag
     return Diagnosis(Reason.USER_ERROR, f"The model could not be loaded (exit code {code}){said}")
 
 
-def error(spec: DeploymentSpec, found: Diagnosis, log: str) -> DeploymentFailed:
-    """The exception for a revision that did not come up."""
-    before = f" Revision {spec.revision - 1} still serves." if spec.revision > 1 else " Nothing is left of it."
+def error(spec: DeploymentSpec, found: Diagnosis, log: str, serving: int | None = None) -> DeploymentFailed:
+    """The exception for a revision that did not come up. ``serving``: the one that does, if not the one before."""
+    still = f" Revision {serving or spec.revision - 1} still serves."
+    before = still if spec.revision > 1 else " Nothing is left of it."
     tail = "\n".join(log.splitlines()[-TAIL_LINES:])
     words = "\n".join(filter(None, (found.words, tail and f"The last lines of its log:\n{tail}")))
     return DeploymentFailed(

@@ -1,6 +1,6 @@
 """What the targets share whose servers a keeper looks after (``server/keeper.py``): ``local`` and ``docker``.
 
-    revisions/N/      spec.json, model/, token: what revision N is
+    revisions/N/      spec.json, model/, token, wanted.json: what revision N is, and what the keeper is told for it
     server/           keeper.py, serve.py, ask.py, hold.py
     listen.json, wanted.json, state.json, stop, lock: see the keeper
 
@@ -10,6 +10,7 @@ They differ in where that folder is (:class:`Keep`): on this machine, or in a co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import secrets as random_tokens
 import threading
@@ -172,38 +173,44 @@ class KeptTarget:
         keep = self.find(spec.name)
         if keep is None:
             raise no_such(spec.name, self.name)
-        wanted_before = keep.read("wanted.json") or b"{}"
-        serving = json.loads(keep.read("state.json") or b"{}").get("serving") or 0
+        serving = _serving(keep)
         if serving >= spec.revision:
-            raise RequestError(
-                f"Deployment {spec.name} was changed by somebody since it was looked at.", hint="Look, and try again."
-            )
-        before = _spec_in(keep, serving or json.loads(wanted_before).get("revision"))
+            raise changed_since(spec.name)
+        before = _spec_in(keep, serving or _coming(keep))
         try:
             software = self.software(spec, watcher)
-            secrets = order.secrets or _secrets_in(wanted_before, keep)
+            secrets = order.secrets or _secrets_in(_wanted_of(keep, serving), keep)
             changed = self.only_anew(keep, before, spec) if before is not None else []
+            serving = _serving(keep)  # of an update that was killed, with which the keeper went on
+            if serving >= spec.revision:
+                raise changed_since(spec.name)
             if changed:
                 self.replace(keep, changed, order, software, secrets, watcher)
             else:
-                self._exchange(keep, order, software, secrets, watcher, wanted_before)
+                self._exchange(keep, order, software, secrets, watcher)
         except DeploymentFailed:
             raise  # its message says what serves
         except BaseException:
             watcher.say(f"revision {serving} of deployment {spec.name} goes on" if serving else "nothing was changed")
             raise
 
-    def _exchange(
-        self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher, wanted_before: bytes
-    ) -> None:
-        """The next revision in place of the one in the same keep; on failure, the one before is what is wanted."""
-        keep.drop(f"revisions/{order.spec.revision - 2}")
-        keep.drop(f"revisions/{order.spec.revision}")  # of an update that failed
+    def _exchange(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
+        """The next revision in place of the one in the same keep; on failure, the one that serves is what is wanted.
+
+        The keeper may be at the revision of an update that was killed: its number and its files stay its own.
+        """
+        wanted_before = keep.read("wanted.json") or b"{}"
+        in_use = {_serving(keep), _coming(keep)}
+        revision = max(order.spec.revision, *(number + 1 for number in in_use))
+        for unused in {revision - 3, revision - 2, revision} - in_use:  # the last one of an update that failed
+            keep.drop(f"revisions/{unused}")
+        order = dataclasses.replace(order, spec=dataclasses.replace(order.spec, revision=revision))
         try:
             self.roll(keep, order, software, secrets, watcher)
         except BaseException:
             with contextlib.suppress(ComputeError, OSError):  # it must not hide the first one
-                keep.put([File("wanted.json", wanted_before)])
+                serving = keep.read(f"revisions/{_serving(keep)}/wanted.json")
+                keep.put([File("wanted.json", serving or wanted_before)])
             raise
 
     def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
@@ -229,8 +236,8 @@ class KeptTarget:
         files = [File(f"{folder}/spec.json", spec.dump().encode()), File(f"{folder}/model", order.model)]
         if secrets.token:
             files.append(File(f"{folder}/token", secrets.token.encode()))
-        asked = {**wanted(spec, keep.path, software, secrets, attempt), "listen": self.listens_on(spec)}
-        keep.put([*files, File("wanted.json", _json(asked))])
+        asked = _json({**wanted(spec, keep.path, software, secrets, attempt), "listen": self.listens_on(spec)})
+        keep.put([*files, File(f"{folder}/wanted.json", asked), File("wanted.json", asked)])
         with _showing(keep, watcher, tail=log_tail) as log:
             keep.start()
             watcher.say("loading the model")
@@ -240,18 +247,21 @@ class KeptTarget:
         began = time.monotonic()
         while True:
             state = json.loads(keep.read("state.json") or b"{}")
-            if state.get("serving") == spec.revision:
+            if state.get("attempt") == attempt:
                 return
+            serving = state.get("serving")
             failed = state.get("failed")
             if failed and failed.get("attempt") == attempt:
-                raise diagnosis.error(spec, diagnosis.of_failed(spec, failed, log.text()), log.text())
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, failed, log.text()), log.text(), serving)
             waited_s = time.monotonic() - began
             if (not state or waited_s > KEEPER_START_S) and self._gone(keep, spec.name):
                 raise removed(spec.name)
             if waited_s > KEEPER_START_S and not keep.alive():
-                raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "", "exit": "?"}, log.text()), log.text())
+                ended = {"why": "", "exit": "?"}
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, ended, log.text()), log.text(), serving)
             if waited_s > spec.start_timeout_s + MARGIN_S:
-                raise diagnosis.error(spec, diagnosis.of_failed(spec, {"why": "timeout"}, log.text()), log.text())
+                late = {"why": "timeout"}
+                raise diagnosis.error(spec, diagnosis.of_failed(spec, late, log.text()), log.text(), serving)
             time.sleep(POLL_S)
 
     def _gone(self, keep: Keep, name: str) -> bool:
@@ -375,6 +385,20 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def _serving(keep: Keep) -> int:
+    """The revision that serves, 0 if none does."""
+    return json.loads(keep.read("state.json") or b"{}").get("serving") or 0
+
+
+def _coming(keep: Keep) -> int:
+    """The revision that is wanted: the one that serves, or one to take its place."""
+    return json.loads(keep.read("wanted.json") or b"{}").get("revision") or 0
+
+
+def _wanted_of(keep: Keep, serving: int) -> bytes:
+    return keep.read(f"revisions/{serving}/wanted.json") or keep.read("wanted.json") or b"{}"
+
+
 def _spec_in(keep: Keep, revision: int | None) -> DeploymentSpec | None:
     text = keep.read(f"revisions/{revision}/spec.json") if revision else None
     return DeploymentSpec.load(text) if text else None
@@ -452,6 +476,12 @@ def name_taken(name: str, where: str) -> RequestError:
 
 def being_changed(name: str) -> RequestError:
     return RequestError(f"Deployment {name} is being changed by another process.", hint="Try again when it is done.")
+
+
+def changed_since(name: str) -> RequestError:
+    return RequestError(
+        f"Deployment {name} was changed by somebody since it was looked at.", hint="Look, and try again."
+    )
 
 
 def removed(name: str) -> DeploymentFailed:

@@ -172,6 +172,15 @@ def test_an_update_that_is_taken_back_is_ended(bench):
     assert bench.get() == "revision 1"
 
 
+def test_another_attempt_at_the_revision_that_serves_is_not_taken_for_taken_back(bench):
+    bench.start()
+    bench.want(1)
+    bench.serving(1)
+    bench.want(1, SAYS="another attempt")
+    bench.until(lambda: bench.get() == "another attempt")
+    assert bench.state()["attempt"] == "2"
+
+
 def test_several_workers_serve_one_port(bench):
     bench.start()
     bench.want(1, workers=3)

@@ -127,6 +127,71 @@ def test_the_old_token_is_used_until_the_new_version_serves_and_after_its_maker_
     assert client.predict("toy", ONE)["predictions"] == [1]
 
 
+def killed_update(client, monkeypatch, *arguments, **config) -> None:
+    """An update whose process dies while its model is loaded: the keeper goes on with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptTarget, "_await", lambda *args: os._exit(9))
+        child = os.fork()
+        if child == 0:
+            try:
+                client.update_deployment("toy", *arguments, config=config)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def loads_once(path: Path) -> str:
+    return f'exec("while not os.path.exists({str(path)!r}): time.sleep(0.02)")'
+
+
+@pytest.mark.parametrize("when", ["software", "_exchange"])
+def test_a_killed_update_that_serves_after_all_is_not_taken_for_the_next_one(
+    client, make_model, monkeypatch, tmp_path, until, when
+):
+    client.create_deployment("toy", make_model("first"), config=HERE)
+    goes_on = tmp_path / "goes-on"
+    killed_update(client, monkeypatch, make_model("killed", predicts="2", loads=loads_once(goes_on)))
+
+    def serves() -> None:
+        goes_on.touch()
+        until(lambda: client.get_deployment("toy")["revision"] == 2)
+        until(lambda: client.predict("toy", ONE)["predictions"] == [2])
+
+    following = make_model("following", predicts="3")
+    with monkeypatch.context() as patch:
+        does = getattr(LocalTarget, when)
+        patch.setattr(LocalTarget, when, lambda *args: (serves(), does(*args))[1])
+        if when == "software":
+            with pytest.raises(MlflowException, match="was changed by somebody since it was looked at"):
+                client.update_deployment("toy", following)
+        else:
+            client.update_deployment("toy", following)
+    made = client.get_deployment("toy") if when == "_exchange" else client.update_deployment("toy", following)
+    assert (made["revision"], made["state"], made["model_uri"]) == (3, "ready", following)
+    until(lambda: client.predict("toy", ONE)["predictions"] == [3])
+
+
+def test_an_update_after_a_killed_one_builds_on_what_serves(client, make_model, monkeypatch, home, tmp_path, until):
+    monkeypatch.setenv("THE_TOKEN", "first-token")
+    client.create_deployment("toy", make_model("first"), config={**HERE, "token_env": "THE_TOKEN"})
+    monkeypatch.setenv("THE_TOKEN", "second-token")
+    hangs = make_model("hangs", predicts="2", loads=loads_once(tmp_path / "never"))
+    killed_update(client, monkeypatch, hangs, token_env="THE_TOKEN")
+    with pytest.raises(MlflowException, match=r"no such luck(.|\n)*Revision 1 still serves"):
+        client.update_deployment("toy", make_model("broken", loads="raise RuntimeError('no such luck')"))
+    until(lambda: client.get_deployment("toy")["state"] == "ready")
+    until(lambda: len([line for line in home.processes().values() if "serve.py" in line]) == 1)
+    killed_update(client, monkeypatch, hangs, token_env="THE_TOKEN")
+    made = client.update_deployment("toy", make_model("following", predicts="3"))
+    assert made["state"] == "ready"
+    asked = {"body": calling.body_of(ONE), "timeout_s": 60}
+    assert calling.ask(made["url"], "/invocations", token="second-token", **asked).status == 401
+    until(lambda: b"[3]" in calling.ask(made["url"], "/invocations", token="first-token", **asked).body)
+    client.update_deployment("toy", config={"description": "one more"})
+    kept = [path.name for path in (state_folder(home) / "toy" / "revisions").iterdir()]
+    assert len(kept) == 2  # what serves, and what may still have requests to answer
+
+
 def test_an_update_that_names_no_model_serves_the_same_one(client, sqlite_tracking, make_model, tmp_path, monkeypatch):
     registry = mlflow.MlflowClient()
     registry.create_registered_model("toy")

@@ -8,8 +8,9 @@ One file, standard library only, Python 3.7 or newer: it runs in the user's imag
     wanted.json   what shall run; replaced by whoever wants something else:
                   {"revision", "attempt", "argv", "env", "workers", "patience_s", "grace_s"} and "listen", another
                   {"host", "port"} for it; port 0 is the one that there is
-    state.json    what is: {"pid", "host", "port", "serving", "served", "failed", "restarts", "exit", "at"};
-                  "served": whether anything ever did, under this keeper or one before
+    state.json    what is: {"pid", "host", "port", "serving", "attempt", "served", "failed", "restarts", "exit", "at"};
+                  "serving", "attempt": of what was wanted and serves; "served": whether anything ever did, under this
+                  keeper or one before
     stop          somebody asked to end it all
     lock          held (flock) as long as we live
 
@@ -240,6 +241,7 @@ class Keeper:
             "host": self.host,
             "port": self.port,
             "serving": serving.number if serving else None,
+            "attempt": serving.wanted["attempt"] if serving else None,
             "served": self.served,
             "failed": self.failed,
             "restarts": serving.restarts if serving else 0,
@@ -275,7 +277,7 @@ class Keeper:
         self._seen = wanted
         if self.coming is not None:
             self.end_coming(self.coming)
-        if self.serving is not None and wanted["revision"] == self.serving.number:
+        if self.serving is not None and wanted["attempt"] == self.serving.wanted["attempt"]:
             return  # taken back: what serves goes on
         self.failed, self._kills = None, oom_kills()
         try:
