@@ -175,6 +175,57 @@ def test_whoever_changes_what_is_removed_is_told_so(monkeypatch):
         target._update(Order(spec(), Path()), "a1", Mock())
 
 
+class Cluster:
+    """Objects by kind and name; what is deleted goes, with what it owns."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[object, str], dict] = {}
+
+    def put(self, kind: manifest.Kind, document: dict, uid: str) -> dict:
+        metadata = {**document["metadata"], "uid": uid}
+        return self.objects.setdefault((kind, metadata["name"]), {**document, "metadata": metadata})
+
+    def get(self, kind: manifest.Kind, name: str, patience_s: float = 0.0) -> dict | None:
+        return self.objects.get((kind, name))
+
+    def delete(self, path: str, options: dict) -> None:
+        (found,) = [key for key in self.objects if key[0].path("ns", key[1]) == path]
+        uid = self.objects[found]["metadata"]["uid"]
+        assert options["preconditions"]["uid"] == uid
+        self.objects = {
+            key: each
+            for key, each in self.objects.items()
+            if key != found and uid not in [owner["uid"] for owner in each["metadata"].get("ownerReferences", ())]
+        }
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_failed_create_removes_only_what_it_made(monkeypatch, made_anew):
+    cluster, target = Cluster(), KubernetesTarget({"namespace": "ns"})
+
+    def create_one(kind: manifest.Kind, document: dict, attempt: str) -> dict:
+        return cluster.put(kind, document, f"{kind.kind}-{attempt}")
+
+    def fails(*args: object) -> None:
+        if made_anew:  # somebody deletes it, and creates another one under the name
+            cluster.objects.clear()
+            other = create_one(manifest.DEPLOYMENT, made(), "other")
+            for kind, document in manifest.beside(spec(), "other").items():
+                create_one(kind, manifest.owned(document, other["metadata"]["uid"]), "other")
+        raise DeploymentFailed("was removed by somebody")
+
+    monkeypatch.setattr(target, "_create_one", create_one)
+    monkeypatch.setattr(target, "_get", cluster.get)
+    monkeypatch.setattr(target, "_api", lambda: cluster)
+    monkeypatch.setattr(target, "_pods", lambda name: [])
+    monkeypatch.setattr(target, "_patch", Mock())
+    monkeypatch.setattr(target, "_roll", fails)
+    with pytest.raises(DeploymentFailed, match="was removed by somebody"):
+        target._create(Order(spec(), Path(), SECRETS), "a1", Mock())
+    left = {each["metadata"]["uid"] for each in cluster.objects.values()}
+    assert left == ({"Deployment-other", "Service-other"} if made_anew else set())
+
+
 def test_a_signature_of_thousands_of_columns_does_not_break_the_limit_of_annotations():
     wide = dataclasses.replace(spec(), model=ModelRef("models:/toy/1", signature="x" * 200_000))
     assert len(manifest.public(wide)) < manifest.MAX_ANNOTATION_BYTES

@@ -124,7 +124,7 @@ class KubernetesTarget:
             self._mark_serving(made)
         except BaseException:
             with _told(watcher, f"removing what was made of deployment {spec.name}"):
-                self.delete(spec.name)
+                self._delete(spec.name, objects.uid(live))
             raise
 
     def _update(self, order: Order, attempt: str, watcher: Watcher) -> None:
@@ -427,17 +427,21 @@ class KubernetesTarget:
 
     def delete(self, name: str) -> None:
         """Blocks until nothing is left: the pods' grace period at most."""
+        self._delete(name)
+
+    def _delete(self, name: str, uid: str = "") -> None:
+        """``uid``: only the Deployment that has it, and what that owns, whatever else has the name by now."""
         live = self._get(DEPLOYMENT, name)
-        ours = live is not None and manifest.is_ours(live, name)
+        ours = live is not None and manifest.is_ours(live, name) and uid in ("", objects.uid(live))
         for kind in BESIDE:
-            self._delete_one(kind, name, name)
+            self._delete_one(kind, name, name, uid=uid)
         if not ours or live is None:
             return
         secret_names = {
             rollout.template_annotation(live, manifest.SECRET),
             objects.annotation(live, manifest.SERVING_SECRET),
         }
-        self._delete_one(DEPLOYMENT, name, name, propagation="Foreground")
+        self._delete_one(DEPLOYMENT, name, name, propagation="Foreground", uid=uid)
         grace_s = float(live["spec"]["template"]["spec"].get("terminationGracePeriodSeconds") or 0)
         self._await_gone(name, secret_names - {""}, grace_s + DELETE_S, objects.uid(live))
 
@@ -553,10 +557,15 @@ class KubernetesTarget:
     def _patch(self, name: str, body: Document) -> None:
         self._api().patch(DEPLOYMENT.path(self._namespace(), name), body, patience_s=CHANGE_PATIENCE_S)
 
-    def _delete_one(self, kind: Kind, name: str, deployment: str, propagation: str = "Background") -> None:
-        """Only if it is ours, and that very one. Idempotent."""
+    def _delete_one(
+        self, kind: Kind, name: str, deployment: str, propagation: str = "Background", uid: str = ""
+    ) -> None:
+        """Only if it is ours, and that very one; and has this uid or an owner that has it. Idempotent."""
         live = self._get(kind, name)
         if live is None or not manifest.is_ours(live, deployment):
+            return
+        owners = live["metadata"].get("ownerReferences") or ()
+        if uid and uid not in (objects.uid(live), *(owner["uid"] for owner in owners)):
             return
         options = {"propagationPolicy": propagation, "preconditions": {"uid": objects.uid(live)}}
         try:
