@@ -339,13 +339,14 @@ class KeptTarget:
                 keep.discard()
 
     def abandoned(self, older_than_s: float) -> list[str]:
-        """Names under which nothing ever served and no keeper lives: whoever created them died on the way."""
+        """Names under which nothing ever served, and nothing is about to: whoever created them died on the way."""
         found = []
         for name in self.names():
             keep = self.find(name)
-            if keep is None or keep.alive() or keep.age_s() < older_than_s:
+            if keep is None or keep.age_s() < older_than_s:
                 continue
-            if not json.loads(keep.read("state.json") or b"{}").get("served"):
+            state = json.loads(keep.read("state.json") or b"{}")
+            if not state.get("served") and (state.get("failed") or not keep.alive()):
                 found.append(name)
         return found
 

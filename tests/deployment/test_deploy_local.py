@@ -127,20 +127,20 @@ def test_the_old_token_is_used_until_the_new_version_serves_and_after_its_maker_
     assert client.predict("toy", ONE)["predictions"] == [1]
 
 
-def killed_update(client, monkeypatch, *arguments, **config) -> None:
-    """An update whose process dies while its model is loaded: the keeper goes on with it."""
+def killed(monkeypatch, change) -> None:
+    """A create or an update whose process dies while its model is loaded: the keeper goes on with it."""
     with monkeypatch.context() as patch:
         patch.setattr(KeptTarget, "_await", lambda *args: os._exit(9))
         child = os.fork()
         if child == 0:
             try:
-                client.update_deployment("toy", *arguments, config=config)
+                change()
             finally:
                 os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def loads_once(path: Path) -> str:
+def loads_after(path: Path) -> str:
     return f'exec("while not os.path.exists({str(path)!r}): time.sleep(0.02)")'
 
 
@@ -150,7 +150,8 @@ def test_a_killed_update_that_serves_after_all_is_not_taken_for_the_next_one(
 ):
     client.create_deployment("toy", make_model("first"), config=HERE)
     goes_on = tmp_path / "goes-on"
-    killed_update(client, monkeypatch, make_model("killed", predicts="2", loads=loads_once(goes_on)))
+    second = make_model("second", predicts="2", loads=loads_after(goes_on))
+    killed(monkeypatch, lambda: client.update_deployment("toy", second))
 
     def serves() -> None:
         goes_on.touch()
@@ -175,13 +176,13 @@ def test_an_update_after_a_killed_one_builds_on_what_serves(client, make_model, 
     monkeypatch.setenv("THE_TOKEN", "first-token")
     client.create_deployment("toy", make_model("first"), config={**HERE, "token_env": "THE_TOKEN"})
     monkeypatch.setenv("THE_TOKEN", "second-token")
-    hangs = make_model("hangs", predicts="2", loads=loads_once(tmp_path / "never"))
-    killed_update(client, monkeypatch, hangs, token_env="THE_TOKEN")
+    hangs = make_model("hangs", predicts="2", loads=loads_after(tmp_path / "never"))
+    killed(monkeypatch, lambda: client.update_deployment("toy", hangs, config={"token_env": "THE_TOKEN"}))
     with pytest.raises(MlflowException, match=r"no such luck(.|\n)*Revision 1 still serves"):
         client.update_deployment("toy", make_model("broken", loads="raise RuntimeError('no such luck')"))
     until(lambda: client.get_deployment("toy")["state"] == "ready")
     until(lambda: len([line for line in home.processes().values() if "serve.py" in line]) == 1)
-    killed_update(client, monkeypatch, hangs, token_env="THE_TOKEN")
+    killed(monkeypatch, lambda: client.update_deployment("toy", hangs, config={"token_env": "THE_TOKEN"}))
     made = client.update_deployment("toy", make_model("following", predicts="3"))
     assert made["state"] == "ready"
     asked = {"body": calling.body_of(ONE), "timeout_s": 60}
@@ -339,6 +340,27 @@ def test_gc_removes_what_never_served_and_nothing_else(client, make_model, home,
     assert cli.main(["gc"]) == 0
     assert sorted(path.name for path in state_folder(home).iterdir() if path.is_dir()) == ["toy"]
     assert client.get_deployment("toy")["state"] == "ready"
+
+
+def test_gc_removes_what_cannot_be_loaded_and_whose_creator_died(
+    client, make_model, home, monkeypatch, tmp_path, capsys, until
+):
+    goes_on = tmp_path / "goes-on"
+    broken = make_model("broken", loads=loads_after(goes_on) + "; raise RuntimeError('no such luck')")
+    killed(monkeypatch, lambda: client.create_deployment("dead", broken, config=HERE))
+    folder = state_folder(home) / "dead"
+    os.utime(folder, (0, 0))
+    assert cli.main(["gc"]) == 0  # it may serve yet
+    assert folder.is_dir()
+    goes_on.touch()
+    until(lambda: json.loads((folder / "state.json").read_text())["failed"])
+    assert cli.main(["gc"]) == 0
+    assert folder.is_dir()  # whoever created it has that long to look at it
+    os.utime(folder, (0, 0))
+    capsys.readouterr()
+    assert cli.main(["gc"]) == 0
+    assert "dead on local" in capsys.readouterr().out
+    assert not folder.exists()
 
 
 def test_gc_leaves_what_has_served_and_cannot_be_started_again(client, make_model, home, until):
