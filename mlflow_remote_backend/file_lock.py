@@ -6,6 +6,7 @@ is open cannot be removed either.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -53,6 +54,14 @@ def wait_for_lock(descriptor: int) -> None:
     """Take the lock on an open file. Blocks until nobody else holds it."""
     while not try_lock(descriptor):
         time.sleep(POLL_S)
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one at the path. Asked once its lock is taken, where whoever lets go removes
+    the file: the lock on a removed one holds nobody who comes later."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    return False
 
 
 def is_held(path: Path) -> bool | None:

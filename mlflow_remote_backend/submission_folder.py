@@ -76,9 +76,8 @@ def _locked(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     file_lock.wait_for_lock(lock)
-    with contextlib.suppress(FileNotFoundError):
-        if os.stat(path).st_ino == os.fstat(lock).st_ino:
-            return lock
+    if file_lock.is_at(path, lock):
+        return lock
     os.close(lock)
     return None
 

@@ -98,14 +98,19 @@ class LocalTarget(KeptTarget):
     @contextlib.contextmanager
     def changing(self, name: str) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.root / f".{name}.changing").open("w") as file:
-            if not file_lock.try_lock(file.fileno()):
-                raise being_changed(name)
-            try:
-                yield
-            finally:
-                if not (self.root / name).is_dir():
-                    Path(file.name).unlink(missing_ok=True)
+        path = self.root / f".{name}.changing"
+        while True:
+            with path.open("w") as file:
+                if not file_lock.try_lock(file.fileno()):
+                    raise being_changed(name)
+                if not file_lock.is_at(path, file.fileno()):
+                    continue
+                try:
+                    yield
+                finally:
+                    if not (self.root / name).is_dir():
+                        path.unlink(missing_ok=True)
+                return
 
 
 #: What opens the tracking server and its store is for whoever fetches the model, and a server fetches nothing.

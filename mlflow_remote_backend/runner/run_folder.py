@@ -124,9 +124,8 @@ class RunFolder:
                 os.close(descriptor)
                 return None
             time.sleep(0.001)  # somebody was just looking whether a supervisor lives
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(self.lock).st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
+        if file_lock.is_at(self.lock, descriptor):
+            return descriptor
         os.close(descriptor)  # removed meanwhile
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,12 +20,12 @@ from mlflow.deployments import get_deploy_client
 from mlflow.deployments.cli import commands
 from mlflow.exceptions import MlflowException
 
-from mlflow_remote_backend import cli
+from mlflow_remote_backend import cli, file_lock
 from mlflow_remote_backend.deployment import calling, looking
 from mlflow_remote_backend.deployment.kept import KeptTarget
 from mlflow_remote_backend.deployment.local import FileTail, LocalTarget
 from mlflow_remote_backend.deployment.server import keeper
-from mlflow_remote_backend.errors import ComputeError
+from mlflow_remote_backend.errors import ComputeError, RequestError
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 HERE = {"env_manager": "local"}
@@ -409,6 +410,27 @@ def test_importing_the_plugin_is_cheap():
     program = "import sys, mlflow_remote_backend.deployment as d; print('mlflow' in sys.modules, dir(d))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False ['RemoteDeploymentClient', 'run_local', 'target_help']")
+
+
+def test_a_lock_that_was_removed_when_it_was_let_go_holds_nobody(tmp_path, monkeypatch):
+    one, other, third = (LocalTarget(tmp_path) for _ in range(3))
+    try_lock = file_lock.try_lock
+    with contextlib.ExitStack() as first:
+        first.enter_context(one.changing("toy"))
+        opened = []
+
+        def lock_when_let_go(descriptor: int) -> bool:
+            opened.append(descriptor)
+            first.close()  # the first one removes the file that the other has open
+            return try_lock(descriptor)
+
+        monkeypatch.setattr(file_lock, "try_lock", lock_when_let_go)
+        with other.changing("toy"), pytest.raises(RequestError, match="is being changed"), third.changing("toy"):
+            pass
+    assert len(opened) == 3  # the other one has opened it anew
+    with one.changing("toy"):
+        pass
+    assert not list((tmp_path / "deployments").iterdir())
 
 
 def test_what_a_server_wrote_before_its_log_is_closed_is_still_shown(tmp_path):
