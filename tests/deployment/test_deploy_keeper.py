@@ -240,6 +240,36 @@ def test_a_keeper_waits_for_somebody_who_only_looks_whether_one_lives(bench):
     bench.serving(1)
 
 
+#: A server writes after the log has been read.
+ROTATION = """
+import io, os, sys
+import keeper
+
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(log, 1)
+os.write(log, b"before\\n")
+
+class Read(io.BufferedReader):
+    def read(self, *size):
+        data = super().read(*size)
+        if b"before" in data:
+            os.write(log, b"meanwhile\\n")
+        return data
+
+keeper.LOG_BYTES = 1
+keeper.open = lambda path, mode: Read(io.FileIO(path)) if mode == "rb" else open(path, mode)
+keeper.limit_log()
+os.write(log, b"after\\n")
+"""
+
+
+def test_what_servers_write_while_the_log_is_put_aside_is_kept(tmp_path):
+    command = [sys.executable, "-c", ROTATION, str(tmp_path / "log")]
+    subprocess.run(command, cwd=Path(keeper.__file__).parent, check=True)
+    kept = [(tmp_path / name).read_text() for name in ("log.1", "log")]
+    assert kept == ["before\nmeanwhile\n", "after\n"]
+
+
 def test_a_taken_port_is_said(bench, tmp_path):
     taken = keeper.listen("127.0.0.1", 0)
     with taken:

@@ -379,8 +379,10 @@ def limit_log() -> None:
             return
         path = os.readlink("/proc/self/fd/1")
         with open(path, "rb") as now, open(path + ".1", "wb") as before:
-            before.write(now.read())
-        os.ftruncate(1, 0)
+            for data in iter(now.read, b""):  # until nothing more has come: the servers write meanwhile
+                before.write(data)
+                before.flush()
+            os.ftruncate(1, 0)
     except OSError:
         pass
 
