@@ -195,12 +195,13 @@ class KeptTarget:
             raise
 
     def _exchange(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
-        """The next revision in place of the one in the same keep; on failure, the one that serves is what is wanted.
+        """The next revision in place of the one in the same keep; on failure, the one that served is what is wanted.
 
         The keeper may be at the revision of an update that was killed: its number and its files stay its own.
         """
-        wanted_before = keep.read("wanted.json") or b"{}"
-        in_use = {_serving(keep), _coming(keep)}
+        serving = _serving(keep)
+        wanted_before = _wanted_of(keep, serving)
+        in_use = {serving, _coming(keep)}
         revision = max(order.spec.revision, *(number + 1 for number in in_use))
         for unused in {revision - 3, revision - 2, revision} - in_use:  # the last one of an update that failed
             keep.drop(f"revisions/{unused}")
@@ -209,8 +210,7 @@ class KeptTarget:
             self.roll(keep, order, software, secrets, watcher)
         except BaseException:
             with contextlib.suppress(ComputeError, OSError):  # it must not hide the first one
-                serving = keep.read(f"revisions/{_serving(keep)}/wanted.json")
-                keep.put([File("wanted.json", serving or wanted_before)])
+                keep.put([File("wanted.json", wanted_before)])
             raise
 
     def roll(self, keep: Keep, order: Order, software: Software, secrets: Secrets, watcher: Watcher) -> None:
@@ -397,6 +397,7 @@ def _coming(keep: Keep) -> int:
 
 
 def _wanted_of(keep: Keep, serving: int) -> bytes:
+    """What the keeper was told for the revision that serves; ``wanted.json`` may be a killed update's."""
     return keep.read(f"revisions/{serving}/wanted.json") or keep.read("wanted.json") or b"{}"
 
 

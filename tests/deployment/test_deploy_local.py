@@ -25,7 +25,7 @@ from mlflow_remote_backend.deployment import calling, looking
 from mlflow_remote_backend.deployment.kept import KeptTarget
 from mlflow_remote_backend.deployment.local import FileTail, LocalTarget
 from mlflow_remote_backend.deployment.server import keeper
-from mlflow_remote_backend.errors import ComputeError, RequestError
+from mlflow_remote_backend.errors import ComputeError, DeploymentFailed, RequestError
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 HERE = {"env_manager": "local"}
@@ -192,6 +192,20 @@ def test_an_update_after_a_killed_one_builds_on_what_serves(client, make_model, 
     client.update_deployment("toy", config={"description": "one more"})
     kept = [path.name for path in (state_folder(home) / "toy" / "revisions").iterdir()]
     assert len(kept) == 2  # what serves, and what may still have requests to answer
+
+
+def test_an_update_that_serves_and_cannot_be_reached_is_taken_back(client, make_model, monkeypatch, until):
+    client.create_deployment("toy", make_model("first"), config=HERE)
+
+    def not_reached(*args: object) -> None:
+        raise DeploymentFailed("it serves, but does not answer from here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTarget, "_ask_once", not_reached)
+        with pytest.raises(MlflowException, match="does not answer from here"):
+            client.update_deployment("toy", make_model("second", predicts="2"))
+    until(lambda: client.get_deployment("toy")["revision"] == 1)
+    until(lambda: client.predict("toy", ONE)["predictions"] == [1])
 
 
 def test_an_update_that_names_no_model_serves_the_same_one(client, sqlite_tracking, make_model, tmp_path, monkeypatch):
