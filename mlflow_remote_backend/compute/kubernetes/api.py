@@ -395,10 +395,7 @@ class Api:
         words = str(body.get("message") or getattr(error, "reason", "") or f"HTTP {status}")
         reason = str(body.get("reason") or "")
         if int(status) == 403 and _ANONYMOUS in words:
-            status, reason = (
-                401,
-                "Unauthorized",
-            )  # we never mean to be nobody: the login was not sent, or not understood
+            status, reason = 401, "Unauthorized"  # nobody is never who we mean to be
         # Somebody changed the object meanwhile; a DELETE conflicts only with its own precondition, for good.
         conflict = status == 409 and reason == "Conflict" and method != "DELETE"
         transient = status in _TRANSIENT_STATUS or conflict
