@@ -272,6 +272,8 @@ def write_lock(
             "The project declares no environment that could be locked.",
             hint="Add a conda.yaml or a python_env.yaml and name it in the MLproject file.",
         )
+    for platform in lock_for:
+        platforms.require_known(platform)
     for each in spec.warnings:
         warn(each)
     root = root.absolute()
@@ -282,8 +284,6 @@ def write_lock(
         def solving(what: str) -> None:
             report(Progress("solving", detail=f"{spec.shown} for {what}"))
 
-        for platform in lock_for:
-            platforms.require_known(platform)
         target = spec.folder / CONDA_LOCKS[0]
         text = conda.lock(spec, list(lock_for), index_lines=lines, root=root, solving=solving, warn=warn)
     else:

@@ -398,6 +398,12 @@ package:
 """
 
 
+def test_a_platform_that_is_none_is_refused_whatever_is_locked(bench: Bench) -> None:
+    with pytest.raises(EnvironmentError_, match="nonsense"):
+        locking.write_lock(bench.python_env("fruit").load("uv"), bench.root, lock_for=["nonsense"])
+    assert not (bench.project / "requirements.lock").exists()
+
+
 def test_a_project_without_declaration_cannot_be_locked(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentError_, match="declares no environment"):
         locking.write_lock(spec.load(tmp_path, None, None), tmp_path / "cache")
