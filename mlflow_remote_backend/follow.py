@@ -28,6 +28,7 @@ from .tracking import PREFIX, RunView, Tracking
 POLL_S = 0.1  # of the compute's status; it answers from memory or from files
 LOG_PAUSE_S = 0.05
 GAP_PATIENCE_S = 15.0  # for the stored log to reach what a live one skipped; its open part is uploaded every 10 s
+LEAVE_S = 1.0  # for the last line to come to its end, where somebody reads it
 FINISH_PATIENCE_S = 5.0  # for a log stream to come to its end once the run has
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
@@ -167,20 +168,17 @@ class LogPump(threading.Thread):
         """Stop after what is being shown; does not wait."""
         self._ending.set()
 
-    def finish(self, unwanted: Callable[[], bool] = lambda: False) -> None:
+    def finish(self) -> None:
         """Show what is left, now that the log is complete: what the compute still has, then the stored parts.
 
         A stream that has fallen silent, or cannot keep up, is left where it is: the stored parts have the rest. Blocks
-        as long as nobody reads what is shown, but not when it is ``unwanted``.
+        as long as nobody reads what is shown.
         """
         self._ending.set()
         self.join(FINISH_PATIENCE_S)
         if self.is_alive():
-            while not self._showing.acquire(timeout=POLL_S):
-                if unwanted():
-                    return
-            self._abandoned = True
-            self._showing.release()
+            with self._showing:
+                self._abandoned = True
             for data in self._rest(self._shown).stored():
                 self._sink(data)
             return
@@ -325,9 +323,17 @@ class Follower:
         return pump
 
     def _finish(self, pump: LogPump, interrupts: Interrupts) -> None:
+        """Show the rest of the log. Left where it is when somebody asks for that: a screen that nobody reads takes no
+        more."""
         asked = interrupts.count
+        showing = threading.Thread(target=self._show_the_rest, args=(pump,), name="end of a log", daemon=True)
+        showing.start()
+        while showing.is_alive() and interrupts.count == asked and not interrupts.detach:
+            showing.join(POLL_S)
+
+    def _show_the_rest(self, pump: LogPump) -> None:
         try:
-            pump.finish(lambda: interrupts.count > asked or interrupts.detach)
+            pump.finish()
         except RemoteError as error:
             self._say(
                 f"the log's end may be missing, it cannot be read now: {error} (mlflow-remote logs {self.run_id})"
@@ -337,7 +343,9 @@ class Follower:
     def _leave(self, pump: LogPump | None) -> None:
         if pump is not None:
             pump.leave()
-        self._end_display()
+        ending = threading.Thread(target=self._end_display, name="end of a display", daemon=True)
+        ending.start()
+        ending.join(LEAVE_S)
 
     def _show(self, data: bytes) -> None:
         if self._terminal is not None:
@@ -397,9 +405,9 @@ class Follower:
         try:
             status = self._compute.status(self._handle)
         except RemoteError as error:
-            now = time.monotonic()
-            refused_since = self._silent.setdefault("login", now) if error.code == "UNAUTHORIZED" else now
-            if now - refused_since > LOGIN_PATIENCE_S:
+            if error.code != "UNAUTHORIZED":
+                self._silent.pop("login", None)
+            elif time.monotonic() - self._silent.setdefault("login", time.monotonic()) > LOGIN_PATIENCE_S:
                 raise self.detached(f"Your login to the compute is not valid any more. {error.words}") from error
             self._silence("compute", error)
             return None

@@ -1200,8 +1200,14 @@ def test_names_of_files_go_no_further_than_this_machine(compute: str, program: i
 
 
 def test_a_proxy_on_this_machine_is_none_for_pods() -> None:
-    environ = {"HTTPS_PROXY": "http://127.0.0.1:3128", "http_proxy": "http://proxy.example:3128", "NO_PROXY": "x"}
-    for compute, wanted in (("local", set(environ)), ("kubernetes", {"http_proxy", "NO_PROXY"})):
+    environ = {
+        "HTTPS_PROXY": "http://127.0.0.1:3128",
+        "https_proxy": "localhost:3128",
+        "HTTP_PROXY": "http://[::1:3128",
+        "http_proxy": "http://proxy.example:3128",
+        "NO_PROXY": "x",
+    }
+    for compute, wanted in (("local", set(environ)), ("kubernetes", {"HTTP_PROXY", "http_proxy", "NO_PROXY"})):
         secrets = secrets_of(BackendConfig(compute=compute), environ, EnvironmentRef("local"))
         assert set(secrets.program) == set(secrets.runner) == wanted
 

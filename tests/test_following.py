@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from mlflow_remote_backend import compute as computes
 from mlflow_remote_backend import follow
 from mlflow_remote_backend.compute.base import JobHandle
 from mlflow_remote_backend.errors import ComputeError
-from mlflow_remote_backend.follow import Log, LogPump
+from mlflow_remote_backend.follow import Follower, Interrupts, Log
 from mlflow_remote_backend.job import Diagnosis, JobStatus, LogChunk, Phase, Reason
 from mlflow_remote_backend.submitted_run import RemoteSubmittedRun
 from mlflow_remote_backend.tracking import RunView
@@ -47,18 +48,24 @@ def test_attempts_whose_pods_are_gone_come_from_the_stored_log() -> None:
 def test_an_end_that_nobody_reads_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `mlflow run … | less`: the screen takes nothing more."""
     monkeypatch.setattr(follow, "FINISH_PATIENCE_S", 0.1)
-    read, full, asked = threading.Event(), threading.Event(), []
+    read, full = threading.Event(), threading.Event()
 
-    def sink(data: bytes) -> None:
-        full.set()
-        read.wait(60)
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            full.set()
+            read.wait(60)
+            return len(text)
 
-    log: Any = Log(Tracking(), "run", Compute(), JobHandle("kubernetes://a/b"))  # type: ignore[arg-type]
-    pump = LogPump(log, lambda cursor: log, sink)
-    pump.start()
+    handle = JobHandle("kubernetes://a/b")
+    follower = Follower(Tracking(), Compute(), handle, "run", out=Screen())  # type: ignore[arg-type]
+    pump = follower._pump()
+    assert pump is not None
     assert full.wait(10)
-    pump.finish(lambda: asked.append(1) or len(asked) > 2)  # type: ignore[func-returns-value]
-    assert (len(asked), pump.is_alive()) == (3, True)
+    interrupts = Interrupts()
+    threading.Timer(0.5, lambda: interrupts._interrupt(2, None)).start()
+    follower._finish(pump, interrupts)
+    follower._leave(pump)
+    assert pump.is_alive()
     read.set()
 
 

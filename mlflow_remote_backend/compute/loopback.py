@@ -21,4 +21,12 @@ def is_loopback(host: str) -> bool:
 def loopback_proxies(variables: Mapping[str, str]) -> list[str]:
     """Names of the proxy variables that point at this machine's loopback."""
     proxies = {name: value for name, value in variables.items() if name.lower() in ("http_proxy", "https_proxy")}
-    return [name for name, value in proxies.items() if is_loopback(urllib.parse.urlsplit(value).hostname or "")]
+    return [name for name, value in proxies.items() if is_loopback(_host(value))]
+
+
+def _host(proxy: str) -> str:
+    """Of a proxy's address, with or without a scheme; empty where it is none."""
+    try:
+        return urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}").hostname or ""
+    except ValueError:
+        return ""

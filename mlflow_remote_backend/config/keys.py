@@ -341,7 +341,11 @@ _KUBERNETES = Section(
         Key("affinity", Open(), "Affinity in Kubernetes' words."),
         Key("priority_class", _OBJECT, "Priority class of the pod."),
         Key("queue", _text("queue name", _LABEL), "Kueue's local queue."),
-        Key("platform", _PLATFORM, "Platform to lock the environment for. Default: the cluster's."),
+        Key(
+            "platform",
+            _PLATFORM,
+            "Platform of the environment, and of the node. Default: linux/amd64, any node.",
+        ),
         Key("volumes", list_of(_VOLUME), "Volumes to mount into the program's container."),
         Key("env_cache", _ENV_CACHE, "Where environments are kept between pods. Default: not at all."),
         Key("pod_template", _POD_TEMPLATE, "Pod or Job to start from, inline or a YAML file."),

@@ -12,6 +12,7 @@ requests.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -79,6 +80,8 @@ def _build_alone(ref: EnvironmentRef, root: Path, report: Report, python: Path |
         if found:
             return found
         cache.discard(root, prefix)
+        if os.path.lexists(prefix):
+            raise OSError(errno.EEXIST, "What an earlier build has left cannot be removed", str(prefix))
         started_s = time.monotonic()
         try:
             with lease.sharing(root / cache.BUILDS), tool.holding(*held.descriptors):

@@ -113,6 +113,8 @@ class RunRecord:
         with limited(timeout_s, retries):
             try:
                 return action(self._connect())
+            except RecordError:
+                raise
             except Exception as error:
                 trouble = trouble_of(error)
                 raise RecordError(f"MLflow: {doing} failed ({trouble.value}).", trouble, words_of(error)) from error

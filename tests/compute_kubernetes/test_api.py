@@ -328,6 +328,18 @@ def test_a_login_plugin_that_fails_at_first_is_told_of(plugin_login: Path) -> No
         Api.open(kubeconfig=str(plugin_login))
 
 
+def test_a_login_that_fails_makes_us_nobody_else(plugin_login: Path) -> None:
+    document = json.loads(plugin_login.read_text())
+    document["users"].append({"name": "admin", "user": {"token": "token1"}})
+    document["contexts"].insert(0, {"name": "admin", "context": {"cluster": "here", "user": "admin"}})
+    plugin_login.write_text(json.dumps(document))
+    server = document["clusters"][0]["cluster"]["server"]
+    (plugin_login.parent / "calls").write_text(".")
+    with pytest.raises(ComputeError, match="login plugin of context here"):
+        Api.shared(kubeconfig=str(plugin_login), context="here", server=server)
+    assert Api.shared(kubeconfig=str(plugin_login), context="here", server=server).login.context == "here"
+
+
 def test_a_server_that_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch, plugin_login: Path) -> None:
     asked = []
 

@@ -365,6 +365,18 @@ def test_a_busy_or_restarting_node_is_waited_for(reason: str, words: str, patien
         assert (found.fatal, found.patience_s) == (fatal, patience_s)
 
 
+def test_an_image_name_that_a_node_does_not_take_is_not_waited_for() -> None:
+    words = 'Failed to inspect image "": short name mode is enforcing, but image name app:1 returns ambiguous list'
+
+    def stuck(document: Document) -> None:
+        for each in document["pods"][0]["status"]["containerStatuses"]:
+            each["state"] = {"waiting": {"reason": "ImageInspectError", "message": words}}
+
+    found = told("config-missing-key", 60, stuck).diagnosis
+    assert found is not None
+    assert (found.reason, found.fatal, "with its registry" in found.hint) == (Reason.IMAGE_PULL, True, True)
+
+
 def test_a_deadline_that_comes_before_its_pod_has_ended_waits_for_it() -> None:
     """Before Kubernetes 1.31 the Job is Failed at once, and its sidecar still uploads."""
 

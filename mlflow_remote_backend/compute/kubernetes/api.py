@@ -153,13 +153,21 @@ class Api:
 
     @classmethod
     def _leading_to(cls, kubeconfig: str, context: str, server: str, authority: str) -> Api:
-        """By the first context that does. Raises ComputeError of the first one that could not."""
+        """By the first context that does. Raises ComputeError: none does, or the one that is named cannot log in now;
+        another one may be somebody else's.
+        """
         refused: ComputeError | None = None
         for candidate in _contexts_of(kubeconfig, context, server):
             login = (os.pathsep.join(_kubeconfig_files(kubeconfig)), candidate)
             try:
                 if login not in _OPENED:
                     _OPENED[login] = cls.open(kubeconfig=kubeconfig, context=candidate)
+            except ComputeError as error:
+                if candidate == context:
+                    raise
+                refused = refused or error
+                continue
+            try:
                 _OPENED[login].require(server, authority)
             except ComputeError as error:
                 refused = refused or error

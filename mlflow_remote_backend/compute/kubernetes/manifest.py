@@ -59,8 +59,6 @@ LEFT_IN_PEACE = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",
 }
-#: conda's platforms as nodes are labelled.
-PROCESSORS = {"linux-64": "amd64", "linux-aarch64": "arm64", "linux-ppc64le": "ppc64le", "linux-s390x": "s390x"}
 
 #: Annotations that differ between two jobs of the same kind.
 IDENTITY_ANNOTATIONS = (names.RUN_ID, names.SUBMISSION_ID, names.SNAPSHOT, names.ENVELOPE)
@@ -318,13 +316,14 @@ def _pod(spec: JobSpec, secret_names: SecretNames, secret_name: str) -> dict[str
         "containers": [_main(spec, secret_names, secret_name)],
         "volumes": _volumes(spec, secret_name),
     }
-    return pod | scheduling(options, spec.environment.platform)
+    return pod | scheduling(options)
 
 
-def scheduling(options: Mapping[str, Any], platform: str = "") -> dict[str, Any]:
-    """``platform``: that of a locked environment, which runs on nodes of its kind only. The user's words win."""
+def scheduling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """On Linux, and on the processor that ``platform`` names, unless the node selector says otherwise."""
     here = {"kubernetes.io/os": "linux"}
-    here |= {"kubernetes.io/arch": PROCESSORS[platform]} if platform in PROCESSORS else {}
+    processor = str(options.get("platform") or "").rpartition("/")[2]
+    here |= {"kubernetes.io/arch": processor} if processor else {}
     wanted = {
         "serviceAccountName": options.get("service_account"),
         "imagePullSecrets": [{"name": name} for name in options.get("image_pull_secrets") or ()],

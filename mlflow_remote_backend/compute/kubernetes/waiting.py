@@ -30,7 +30,8 @@ _NODE_EVENTS = ("FailedCreatePodSandBox", "NetworkNotReady", "FailedSync")
 
 _IMAGE_DEFINITE = re.compile(
     r"not found|manifest unknown|unauthori[sz]ed|denied|forbidden|authentication required|no basic auth"
-    r"|no match for platform|does not exist|insufficient_scope|invalid reference|repository name not known",
+    r"|no match for platform|does not exist|insufficient_scope|invalid reference|repository name not known"
+    r"|short[- ]name",
     re.IGNORECASE,
 )
 _IMAGE_PASSING = re.compile(
@@ -170,8 +171,11 @@ def _image(pod: Raw, waiting: Container, seen: Observation, patience: Patience) 
         if waiting.reason == "ErrImageNeverPull":
             hint = "`image_pull_policy: Never` needs the image on the node already."
         return Diagnosis(Reason.IMAGE_PULL, message, words or waiting.reason, hint)
+    if "short name" in words or "short-name" in words:  # CRI-O, on nodes with several registries or none to search
+        hint = "Name the image with its registry: docker.io/library/python:3.11."
     if _IMAGE_PASSING.search(words) or not _IMAGE_DEFINITE.search(words):
-        limit_s, hint = patience.image_pull_timeout_s, "The registry does not answer as it should; still trying."
+        who = "node's runtime" if waiting.reason == "ImageInspectError" else "registry"
+        limit_s, hint = patience.image_pull_timeout_s, f"The {who} does not answer as it should; still trying."
     else:
         limit_s = IMAGE_GRACE_S
     return Diagnosis(Reason.IMAGE_PULL, message, words or waiting.reason, hint, waited_s > limit_s, limit_s)

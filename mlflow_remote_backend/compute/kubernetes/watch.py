@@ -121,6 +121,8 @@ class Reflection:
         self.heard_at = time.monotonic()
         if server_time:
             self.clock_offset_s = server_time - time.monotonic()
+        elif not self.clock_offset_s:  # somebody on the way drops the header
+            self.clock_offset_s = time.time() - time.monotonic()
 
     def _watch(self) -> None:
         blocks = self._api.stream(
