@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import threading
 import time
@@ -273,12 +274,15 @@ def _some(lines: Sequence[str], most: int = 20) -> list[str]:
 
 
 def platform_of(config: BackendConfig) -> str:
-    """Where the job runs, as conda names platforms: this machine's; elsewhere linux-64 unless said otherwise."""
+    """Where the job runs, as conda names platforms: this machine's, in Docker Linux on the same processor, in a cluster
+    linux-64, unless said otherwise."""
     from .environment import platforms
 
     if config.compute == "local":
         return platforms.host_platform()
-    wanted = {"docker": config.docker.platform, "kubernetes": config.kubernetes.platform}.get(config.compute)
+    if config.compute == "docker":
+        return platforms.linux_platform((config.docker.platform or platform.machine()).rpartition("/")[2])
+    wanted = config.kubernetes.platform if config.compute == "kubernetes" else None
     return platforms.linux_platform((wanted or "linux/amd64").rpartition("/")[2])
 
 

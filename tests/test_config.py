@@ -36,7 +36,7 @@ from mlflow_remote_backend.config.keys import ALIASES, ALL_KEYS, KEYS
 from mlflow_remote_backend.config.kinds import CPU, DURATION, DURATION_OR_ZERO, SIZE, Kind, ListOf, Place, Section
 from mlflow_remote_backend.errors import ConfigError, RequestError
 from mlflow_remote_backend.job import EnvironmentRef, Limits, Resources, Retry
-from mlflow_remote_backend.submission import secrets_of
+from mlflow_remote_backend.submission import platform_of, secrets_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
 HERE = Place("backend_config", Path("/project"), Path("/home/me"))
@@ -1214,3 +1214,13 @@ def test_a_proxy_on_this_machine_is_none_for_pods() -> None:
 
 def test_a_key_that_is_written_as_the_documentation_names_it_is_shown_nested() -> None:
     assert refused({"environment.frozen": True}).hint == 'Write {"environment": {"frozen": …}}.'
+
+
+def test_an_environment_is_locked_for_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    for config, wanted in (
+        (BackendConfig(compute="docker"), "linux-aarch64"),
+        (BackendConfig(compute="kubernetes"), "linux-64"),
+        (understood({"compute": "docker", "docker": {"platform": "linux/amd64"}}), "linux-64"),
+    ):
+        assert platform_of(config) == wanted

@@ -271,7 +271,7 @@ _DOCKER = Section(
         Key("user", _DOCKER_USER, "`USER` or `USER:GROUP` in the container. Default: you; files are then yours."),
         Key("capabilities", list_of(_CAPABILITY), "Linux capabilities to keep; all others are dropped."),
         Key("runtime", TEXT, "Container runtime, such as `nvidia` or `runsc`. Default: the daemon's."),
-        Key("platform", _PLATFORM, "Platform to lock the environment for. Default: the daemon's."),
+        Key("platform", _PLATFORM, "Platform of the environment. Default: Linux on this machine's processor."),
         Key(
             "env_cache",
             _text("volume name", "[A-Za-z0-9][A-Za-z0-9_.-]+", max_length=200),
