@@ -33,7 +33,7 @@ FINISH_PATIENCE_S = 5.0  # for a log stream to come to its end once the run has
 STORED_PAUSE_S = 5.0  # the open part of the stored log is uploaded every 10 s
 TRACKING_POLL_S = 15.0  # of the run, as long as the compute sees the job alive
 CAUSE_PATIENCE_S = 5.0  # a compute may tell some seconds after the end what was behind it
-LOGIN_PATIENCE_S = 30.0  # for a login that cannot be renewed: its plugin may work again
+LOGIN_PATIENCE_S = 30.0  # for a login that cannot be renewed now: its plugin may work again
 TELL_SILENCE_AFTER_S = 30.0  # a contact lost for that long is worth a line
 
 #: What only a compute can know of a program that was stopped from outside.
@@ -405,9 +405,10 @@ class Follower:
         try:
             status = self._compute.status(self._handle)
         except RemoteError as error:
+            now, patience_s = time.monotonic(), LOGIN_PATIENCE_S if getattr(error, "transient", False) else 0.0
             if error.code != "UNAUTHORIZED":
                 self._silent.pop("login", None)
-            elif time.monotonic() - self._silent.setdefault("login", time.monotonic()) > LOGIN_PATIENCE_S:
+            elif now - self._silent.setdefault("login", now) >= patience_s:
                 raise self.detached(f"Your login to the compute is not valid any more. {error.words}") from error
             self._silence("compute", error)
             return None

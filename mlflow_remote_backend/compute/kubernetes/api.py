@@ -378,7 +378,7 @@ class Api:
             raise self._error(method, path, 429, words=words, transient=True, retry_after_s=left_s)
 
     def _renew(self, stale: Any) -> None:
-        """Raises ApiError, and keeps the old login, where there is no new one now."""
+        """Raises a transient ApiError, and keeps the old login, where there is no new one now."""
         with self._lock:
             if self._client is not stale:
                 return  # another thread has renewed it meanwhile
@@ -387,7 +387,7 @@ class Api:
                 self._client, _ = _connect(self.kubeconfig, context)
             except ComputeError as error:
                 words, hint = error.words, error.hint
-                failure = ApiError(error.what, words=words, hint=hint, code="UNAUTHORIZED", status=401)
+                failure = ApiError(error.what, words=words, hint=hint, code="UNAUTHORIZED", status=401, transient=True)
                 self._not_renewed = (time.monotonic(), failure)
                 raise failure from error
 
