@@ -185,12 +185,14 @@ class Tracking:
                 run = self.call("creating the run", create, retries=0)
                 break
             except TrackingError as error:
-                time.sleep(LATE_ANSWER_S if error.transient else 0.0)
-                found = self.find_submission(experiment_id, submission_id) if error.transient else None
+                if not error.transient:
+                    raise
+                time.sleep(LATE_ANSWER_S)
+                found = self.find_submission(experiment_id, submission_id)
                 if found is not None:
                     run = self.call("reading the run", partial(self.client.get_run, found.run_id))
                     break
-                if not error.transient or attempt == CALL_RETRIES:
+                if attempt == CALL_RETRIES:
                     raise
         return self._ref(run)
 

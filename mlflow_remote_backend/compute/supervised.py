@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ComputeError, ConfigError
@@ -114,9 +114,7 @@ class SupervisedCompute:
                 folder.cancel.touch()
         if not folder.supervised():
             self.recover(handle)
-        deadline = time.monotonic() + grace_period_s + CANCEL_MARGIN_S
-        while folder.supervised() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _wait_while(folder.supervised, grace_period_s + CANCEL_MARGIN_S)
 
     def collect(self, handle: JobHandle) -> None:
         folder = self.run_folder(handle)
@@ -132,9 +130,7 @@ class SupervisedCompute:
         with contextlib.suppress(OSError):
             grace_s = folder.spec().limits.grace_period_s
             spool.request_cancel()
-            deadline = time.monotonic() + grace_s + CANCEL_MARGIN_S
-            while spool.execute_lives() and time.monotonic() < deadline:
-                time.sleep(0.05)
+            _wait_while(spool.execute_lives, grace_s + CANCEL_MARGIN_S)
 
     def recover(self, handle: JobHandle) -> bool:
         folder = self.run_folder(handle)
@@ -151,6 +147,12 @@ class SupervisedCompute:
             last = folder.recoveries() >= MOST_RECOVERIES
             start_detached(folder, lock, self.program, Start(users_environ(), recovery=True, last_chance=last))
         return True
+
+
+def _wait_while(lives: Callable[[], object], most_s: float) -> None:
+    deadline = time.monotonic() + most_s
+    while lives() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def lost(why: str) -> Diagnosis:

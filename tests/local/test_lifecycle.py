@@ -239,14 +239,19 @@ def test_a_supervisor_that_dies_before_the_program_started_ends_the_run_and_star
     assert not (tmp_path / "ran").exists()
 
 
+def kill_for_good(run):
+    """The run's supervisor, whom nobody replaces then."""
+    kill(supervisor_pid(run))
+    for _ in range(100):
+        folder_of(run).count_recovery()
+
+
 def test_a_supervisor_that_always_dies_does_not_come_back_for_ever(sqlite_tracking, make_project, tmp_path):
     run = submit(waiting_project(make_project, tmp_path / "stop"))
     until_logged(run, "before")
     started = Spool(folder_of(run).spool).started()
-    kill(supervisor_pid(run))
+    kill_for_good(run)
     kill(started.execute_pid)
-    for _ in range(100):
-        folder_of(run).count_recovery()
     view = ended(run)
     assert (view.status, view.tag("reason")) == ("FAILED", "KILLED_BY_SYSTEM")
     os.kill(started.pid, signal.SIGKILL)
@@ -305,9 +310,7 @@ def test_a_program_does_not_outlive_its_run(sqlite_tracking, make_project, tmp_p
     run = submit(waiting_project(make_project, tmp_path / "stop"))
     until_logged(run, "before")
     started = Spool(folder_of(run).spool).started()
-    kill(supervisor_pid(run))
-    for _ in range(100):
-        folder_of(run).count_recovery()
+    kill_for_good(run)
     assert ended(run).status == "FAILED"
     until(lambda: not is_alive(started.pid) and not is_alive(started.execute_pid), 30, "program and execute have ended")
     assert not folder_of(run).exists()

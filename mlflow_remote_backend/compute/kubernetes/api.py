@@ -345,7 +345,7 @@ class Api:
         """The raw response of a 2xx answer. An expired login is renewed once. Raises ApiError."""
         for renewed in (False, True):
             client = self._client
-            self._wait_for_leave(method, path)
+            self._require_leave(method, path)
             self._throttle.take()
             try:
                 return client.request(
@@ -367,7 +367,7 @@ class Api:
             self._renew(client)
         raise AssertionError("unreachable")
 
-    def _wait_for_leave(self, method: str, path: str) -> None:
+    def _require_leave(self, method: str, path: str) -> None:
         """Raise ApiError as long as the server has asked to be left alone, whoever of us it told so, and for a moment
         after the login could not be renewed."""
         if self._not_renewed is not None and time.monotonic() - self._not_renewed[0] < RENEW_PAUSE_S:

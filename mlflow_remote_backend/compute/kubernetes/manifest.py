@@ -152,7 +152,7 @@ def secret(
     values = {f"program.{name}": value for name, value in program.items()}
     values |= {f"runner.{name}": value for name, value in runner.items()}
     data = {ENVELOPE_FILE: _encoded(envelope), **{name: _base64(value.encode()) for name, value in values.items()}}
-    size_bytes = sum(map(len, data.values())) * 3 // 4  # of base64's
+    size_bytes = sum(map(len, data.values())) * 3 // 4
     if size_bytes > MAX_SECRET_BYTES:
         raise ConfigError(
             f"The job's description and its secret variables have {size_bytes} bytes; a Secret of Kubernetes holds "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import ipaddress
 import json
 import re
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 from ...errors import ComputeError, ConfigError
 from ...job import JobSpec, Reason
 from ..base import Secrets
+from ..loopback import is_loopback
 from . import images, manifest, names, waiting
 from .api import Answer, Api, ApiError
 from .images import Pinned
@@ -121,15 +121,9 @@ def _host_trouble(parts: urllib.parse.SplitResult) -> str:
         return str(error)
     if not host:
         return "it names no host"
-    if host == "localhost" or host.endswith(".localhost") or host == "host.docker.internal":
-        return f"in a pod {host} is the pod itself" if "docker" not in host else f"pods do not know {host}"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return ""
-    if address.is_loopback or address.is_unspecified:
-        return f"in a pod {host} is the pod itself"
-    return ""
+    if host == "host.docker.internal":
+        return f"pods do not know {host}"
+    return f"in a pod {host} is the pod itself" if is_loopback(host) else ""
 
 
 def artifact_trouble(uri: str) -> str:
